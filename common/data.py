@@ -1,0 +1,528 @@
+"""Reads from what sequencers and basecaller trainers write, the read store they are prepared into, and batches of it.
+
+raw file or folder -> raw_reads() -> prepare() -> a read store on disk -> ReadStore -> Chunks -> batches.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import pod5
+import torch
+from tqdm import tqdm
+
+from common import InputError
+from common.normalise import med_mad, picoamperes
+
+try:  # importing it registers the filter with h5py
+    import vbz_h5py_plugin
+except ImportError:
+    vbz_h5py_plugin = None
+
+ALPHABET = "NACGT"  # N, index 0, is the CTC blank and the padding
+VALIDATION = 0.1  # the share of reads kept for validation
+PRETRAINING = 5 / 6  # its share of data that pretraining and fine-tuning are both given (thesis section 5.1)
+SATURATED = 0.1  # a read with more than this share of samples on its highest or its lowest value is left out
+SUFFIXES = (".pod5", ".fast5", ".hdf5", ".h5")
+STORE_VERSION = 1
+READ_DTYPE = np.dtype(
+    [
+        ("id", "S48"),
+        ("start", "i8"),  # of the read's samples in signal.npy
+        ("length", "i8"),
+        ("sample_rate", "f4"),  # Hz, 0 if unknown
+        ("shift", "f4"),  # pA; 0 and 1 where the signal came in normalised
+        ("scale", "f4"),
+        ("bases_start", "i8"),  # of the read's bases in bases.npy and base_starts.npy
+        ("bases_length", "i8"),  # 0: unlabelled
+        ("whole", "?"),  # labels belong to the read as a whole (Bonito): it cannot be cut
+        ("split", "i1"),  # 0 training, 1 validation, -1 by the hash of the id
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class RawRead:
+    """One read as the file has it; bases 1-4 = ACGT and the sample at which each starts, or None."""
+
+    id: str
+    dacs: np.ndarray  # (samples,) int16
+    offset: float
+    scale: float  # pA per unit: range / digitisation
+    sample_rate: float
+    bases: np.ndarray | None = None  # (bases,) uint8
+    base_starts: np.ndarray | None = None  # (bases + 1,) int64, the last is the end of the last base
+
+
+class Rejected(NamedTuple):
+    """A read, or a whole file, that cannot be used."""
+
+    id: str
+    reason: str
+
+
+def raw_reads(path):
+    """Yields the RawRead and Rejected of one POD5, FAST5 or mapped-signal HDF5 file. InputError if it is none."""
+    try:
+        if path.suffix == ".pod5":
+            yield from _pod5_reads(path)
+        else:
+            with h5py.File(path) as file:
+                yield from _hdf5_reads(file, path)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason}); fetch or write it again") from error
+
+
+def _pod5_reads(path):
+    with pod5.Reader(path) as reader:
+        for read in reader.reads():
+            try:
+                yield RawRead(
+                    str(read.read_id),
+                    read.signal,
+                    read.calibration.offset,
+                    read.calibration.scale,
+                    read.run_info.sample_rate,
+                )
+            except (RuntimeError, ValueError, OSError) as error:
+                yield Rejected(str(read.read_id), f"corrupt: {_first_line(error)}")
+
+
+def _hdf5_reads(file, path):
+    if isinstance(file.get("Reads"), h5py.Group):
+        groups, parse = file["Reads"], _mapped_read
+    elif "Raw" in file:
+        groups, parse = file.get("Raw/Reads", {}), _single_read
+    else:
+        groups, parse = {name: None for name in file if name.startswith("read_")}, _multi_read
+    if not len(groups):
+        raise InputError(f"{path}: holds neither FAST5 reads nor mapped-signal reads (a group Reads, Raw or read_...)")
+    for name in groups:
+        try:
+            yield parse(file, name)
+        except OSError as error:
+            if vbz_h5py_plugin is None and ("filter" in str(error) or "plugin" in str(error)):
+                raise InputError(f"{path}: its signal is VBZ-compressed; pip install vbz-h5py-plugin") from error
+            yield Rejected(name, f"corrupt: {_first_line(error)}")
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            missing = [key for key in ("range", "offset", "digitisation") if key in str(error)]
+            yield Rejected(name, "no calibration" if missing else f"corrupt: {_first_line(error)}")
+
+
+def _first_line(error):
+    return (str(error) or type(error).__name__).strip("'\"").splitlines()[0]
+
+
+def _hdf5_raw(read_id, signal, calibration, sample_rate):
+    scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
+    return RawRead(read_id, signal[:], float(calibration["offset"]), scale, float(sample_rate))
+
+
+def _multi_read(file, name):
+    read = file[name]
+    channel = read["channel_id"].attrs
+    return _hdf5_raw(name.removeprefix("read_"), read["Raw/Signal"], channel, channel["sampling_rate"])
+
+
+def _single_read(file, name):
+    raw = file["Raw/Reads"][name]
+    read_id = raw.attrs["read_id"]
+    channel = file["UniqueGlobalKey/channel_id"].attrs
+    read_id = read_id.decode() if isinstance(read_id, bytes) else str(read_id)
+    return _hdf5_raw(read_id, raw["Signal"], channel, channel["sampling_rate"])
+
+
+def _mapped_read(file, name):
+    """taiyaki's mapped-signal format: Reference 0-3 = ACGT, Ref_to_signal the first sample of each base and the end."""
+    read = file["Reads"][name]
+    raw = _hdf5_raw(name, read["Dacs"], read.attrs, read.attrs.get("sample_rate", 0.0))
+    bases, starts = read["Reference"][:], read["Ref_to_signal"][:].astype(np.int64)
+    if len(starts) != len(bases) + 1:
+        raise ValueError("Ref_to_signal is not one longer than Reference")
+    if len(bases) and (bases.min() < 0 or bases.max() > 3):
+        raise ValueError("Reference has values other than 0 to 3")
+    if (np.diff(starts) < 0).any():
+        raise ValueError("Ref_to_signal goes backwards")
+    if starts[0] < 0 or starts[-1] > len(raw.dacs):
+        raise ValueError("Ref_to_signal leaves the signal")
+    raw.bases, raw.base_starts = (bases + 1).astype(np.uint8), starts
+    return raw
+
+
+def normalised(raw):
+    """The read's signal in med-mad units as float16, with shift and scale in pA; or the reason it cannot be used."""
+    if len(raw.dacs) == 0:
+        return "empty"
+    if not (np.isfinite(raw.offset) and np.isfinite(raw.scale) and raw.scale > 0):
+        return "no calibration"
+    low, high = raw.dacs.min(), raw.dacs.max()
+    current = picoamperes(raw.dacs, raw.offset, raw.scale)
+    shift, scale = med_mad(current)
+    if not (np.isfinite(shift) and np.isfinite(scale)):
+        return "not finite"
+    if scale == 0:
+        return "constant"
+    if max((raw.dacs == low).mean(), (raw.dacs == high).mean()) > SATURATED:
+        return "saturated"
+    signal = ((current - shift) / scale).astype(np.float16)
+    return (signal, shift, scale) if np.isfinite(signal).all() else "not finite"
+
+
+# ------------------------------------------------------------------------------------------------------- read store
+
+
+class NpyWriter:
+    """Appends rows to a .npy file of unknown length; plain writes, so that a full disk is an error and no crash."""
+
+    def __init__(self, path, dtype, row=()):
+        self.dtype, self.row, self.rows = np.dtype(dtype), tuple(row), 0
+        self.file = open(path, "wb")  # noqa: SIM115
+        self._header()
+
+    def _header(self):
+        # NumPy pads the header so that the number of rows can grow in place.
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self.file, header | {"shape": (self.rows, *self.row)})
+
+    def append(self, array):
+        array = np.ascontiguousarray(array, self.dtype).reshape(-1, *self.row)
+        self.file.write(array.tobytes())
+        self.rows += len(array)
+
+    def close(self):
+        self.file.seek(0)
+        self._header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+@contextlib.contextmanager
+def written_whole(folder, advice):
+    """A temporary folder to write in, renamed to `folder` at the end; removed, with a clear error, if that fails."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+        part.mkdir()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); {advice}") from error
+    try:
+        yield part
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process finished the same work first
+                raise
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); {advice}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def hash_of(read_id):
+    """64 bits that depend on the read's id (bytes) alone: a read stays in its split when data is added."""
+    return int.from_bytes(hashlib.blake2b(read_id, digest_size=8).digest(), "little")
+
+
+class StoreWriter:
+    """Writes the files of a read store into `folder` and counts what was kept and why the rest was not."""
+
+    def __init__(self, folder):
+        self.folder, self.reads, self.kept, self.left_out = folder, [], Counter(), Counter()
+        self.ids, self.samples = set(), 0
+        self.signal = NpyWriter(folder / "signal.npy", np.float16)
+        self.bases = NpyWriter(folder / "bases.npy", np.uint8)
+        self.base_starts = NpyWriter(folder / "base_starts.npy", np.int32)
+
+    def add(self, read_id, signal, bases=(), base_starts=(), sample_rate=0, shift=0, scale=1, whole=False, split=-1):
+        row = (read_id, self.signal.rows, len(signal), sample_rate, shift, scale)
+        self.reads.append((*row, self.bases.rows, len(bases), whole, split))
+        self.signal.append(signal)
+        self.bases.append(bases)
+        self.base_starts.append(base_starts)
+        self.kept["labelled" if len(bases) else "unlabelled"] += 1
+
+    def add_raw(self, raw, min_len, labelled_only):
+        """Normalises a RawRead over the whole read, cuts a labelled one to its mapped part, and keeps or counts it."""
+        if isinstance(raw, Rejected):
+            self.left_out[raw.reason] += 1
+            return
+        if raw.id in self.ids:
+            self.left_out["read twice"] += 1
+            return
+        self.ids.add(raw.id)
+        self.samples += len(raw.dacs)
+        labelled = raw.bases is not None and len(raw.bases) > 0
+        result = "unlabelled" if labelled_only and not labelled else normalised(raw)
+        if not isinstance(result, str):
+            signal, shift, scale = result
+            bases, starts = (), ()
+            if labelled:
+                first, end = raw.base_starts[[0, -1]]
+                signal, bases, starts = signal[first:end], raw.bases, raw.base_starts[:-1] - first
+            if len(signal) >= min_len:
+                self.add(raw.id, signal, bases, starts, raw.sample_rate, shift, scale)
+                return
+            result = "empty" if min_len <= 1 else f"shorter than {min_len} samples"
+        self.left_out[result] += 1
+
+    def close(self, **info):
+        for file in (self.signal, self.bases, self.base_starts):
+            file.close()
+        np.save(self.folder / "reads.npy", np.array(self.reads, READ_DTYPE))
+        info |= {"version": STORE_VERSION, "samples_read": self.samples}
+        info |= {"kept": dict(self.kept), "left_out": dict(self.left_out)}
+        (self.folder / "store.json").write_text(json.dumps(info, indent=1))
+
+
+def is_store(path):
+    return (path / "store.json").is_file()
+
+
+def is_bonito(path):
+    return (path / "chunks.npy").is_file()
+
+
+def raw_files(path):
+    """The raw files at `path`: itself, or those in the folder and below it."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise InputError(f"{path}: not a name this reads ({', '.join(SUFFIXES)}, or a folder)")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    if not files:
+        raise InputError(f"{path}: no {', '.join(SUFFIXES)} file, Bonito chunks.npy or read store in this folder")
+    return files
+
+
+def prepare(paths, out, min_len=1, labelled_only=False, progress=True):
+    """Reads raw files, folders of them and Bonito folders into a new read store, the folder `out`, and opens it.
+
+    A file that cannot be opened stops it when named itself, and is counted and passed over in a folder. InputError if
+    nothing can be kept; `out` appears when it is whole.
+    """
+    paths = [Path(path) for path in paths]
+    files = [(file, file in paths) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
+    with written_whole(out, "free space or choose another place") as folder:
+        store = StoreWriter(folder)
+        with tqdm(desc=f"preparing {out.name}", unit=" reads", disable=not progress) as bar:
+            for file, named in files:
+                try:
+                    if is_bonito(file):
+                        _add_bonito(store, file)
+                        continue
+                    for raw in raw_reads(file):
+                        store.add_raw(raw, min_len, labelled_only)
+                        bar.update()
+                except InputError as error:
+                    if named:
+                        raise
+                    tqdm.write(f"passed over: {error}")
+                    store.left_out["in files that cannot be read"] += 1
+        if not store.reads:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in store.left_out.items())
+            raise InputError(f"{', '.join(map(str, paths))}: no read can be used ({reasons or 'there are none'})")
+        store.close(sources=[str(path) for path in paths])
+    return ReadStore(out)
+
+
+def _add_bonito(store, path):
+    """Bonito's arrays: each chunk becomes a read that cannot be cut; validation/ becomes the validation split."""
+    parts = [(path, 0), (path / "validation", 1)] if is_bonito(path / "validation") else [(path, -1)]
+    for folder, split in parts:
+        try:
+            chunks, references, lengths = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("chunks", "references", "reference_lengths")
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}: not a folder of Bonito's training arrays ({_first_line(error)})") from error
+        shapes = chunks.shape, references.shape, lengths.shape
+        if [len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes}) > 1:
+            raise InputError(
+                f"{folder}: wrong shapes: chunks {shapes[0]}, references {shapes[1]}, reference_lengths {shapes[2]}; "
+                "they should be (N, L), (N, longest), (N,)"
+            )
+        if len(lengths) and (lengths.max() > references.shape[1] or references.max() > 4):
+            raise InputError(f"{folder}: reference_lengths over the width of references, or bases other than 1 to 4")
+        for i in range(len(chunks)):
+            bases = references[i, : lengths[i]]
+            if not np.isfinite(chunks[i]).all() or (len(bases) and bases.min() < 1):
+                store.left_out["not finite" if len(bases) == 0 or bases.min() > 0 else "corrupt: base 0"] += 1
+                continue
+            starts = np.zeros(len(bases))
+            store.add(f"{folder.name}-{i}", chunks[i], bases, starts, whole=True, split=split)
+
+
+class ReadStore:
+    """A prepared folder, opened memory-mapped: `reads` (the table, READ_DTYPE), `signal`, `bases`, `base_starts`."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.info = json.loads((self.path / "store.json").read_text())
+            if self.info.get("version") != STORE_VERSION:
+                raise ValueError("written by another version")
+            self.reads = np.load(self.path / "reads.npy")
+            self.signal, self.bases, self.base_starts = (
+                np.load(self.path / f"{name}.npy", mmap_mode="r") for name in ("signal", "bases", "base_starts")
+            )
+            if self.reads.dtype != READ_DTYPE or (self.reads["start"] + self.reads["length"]).max() > len(self.signal):
+                raise ValueError("its files do not belong together")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: not a whole read store ({_first_line(error)}); prepare it again") from error
+
+    def kept(self):
+        """Lines that say how many reads are here."""
+        return [f"{count} {kind} reads" for kind, count in self.info["kept"].items()]
+
+    def left_out(self):
+        """Lines that say how many reads are not, and why."""
+        return [f"{count} {reason}" for reason, count in self.info["left_out"].items()] or ["none"]
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poressl"
+
+
+def open_data(paths):
+    """A ReadStore for each of `paths`. Raw input is prepared once, into a cache keyed by its content and settings.
+
+    No paths: simulated reads, said aloud.
+    """
+    if not paths:
+        from common.simulate import simulated_file  # it writes mapped-signal HDF5 and knows nothing of this module
+
+        paths = [simulated_file(cache_folder())]
+        print(f"no --data: simulated reads, {paths[0]}")
+    stores = []
+    for path in map(Path, paths):
+        if is_store(path):
+            stores.append(ReadStore(path))
+            continue
+        key = hashlib.blake2b(f"{STORE_VERSION} {VALIDATION} {SATURATED}".encode(), digest_size=16)
+        files = sorted(path.rglob("*.npy")) if is_bonito(path) else raw_files(path)
+        for file in files:
+            try:
+                with open(file, "rb") as opened:
+                    key.update(hashlib.file_digest(opened, "blake2b").digest())
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+        cached = cache_folder() / f"{path.stem}-{key.hexdigest()}"
+        store = ReadStore(cached) if is_store(cached) else prepare([path], cached)
+        print(f"{path}: {' + '.join(store.kept())}; left out: {', '.join(store.left_out())}; prepared in {cached}")
+        stores.append(store)
+    return stores
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+class Batch(NamedTuple):
+    """N chunks. For unlabelled data targets are None."""
+
+    signal: torch.Tensor  # (N, L) float32
+    lengths: torch.Tensor  # (N,) int64, all L
+    targets: torch.Tensor | None = None  # (N, longest) int64, 1-4, zero-padded
+    target_lengths: torch.Tensor | None = None  # (N,) int64
+
+    def to(self, device):
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+
+class Chunks:
+    """The chunks of one split of some stores; len() is how many an epoch has.
+
+    split: "training" (a chunk starts anywhere in its read, anew each epoch) or "validation" (reads are tiled).
+    labelled: only labelled reads, with their bases. share: "pretraining" or "finetuning" takes that share of the reads
+    (five to one, by the hash of the id), None all. label_fraction: this share of the training reads, at least one.
+    """
+
+    def __init__(self, stores, chunk_len, split, labelled=False, share=None, label_fraction=1.0):
+        self.stores, self.chunk_len, self.split, self.labelled = stores, chunk_len, split, labelled
+        self.reads = np.concatenate([store.reads for store in stores])
+        self.store_of = np.repeat(np.arange(len(stores)), [len(store.reads) for store in stores])
+        hashes = np.array([hash_of(read_id) for read_id in self.reads["id"]], np.uint64)
+        high, low = (hashes >> np.uint64(32)) / 2**32, (hashes & np.uint64(2**32 - 1)) / 2**32
+        validation = np.where(self.reads["split"] < 0, high < VALIDATION, self.reads["split"] == 1)
+        keep = validation == (split == "validation")
+        if share is not None and split == "training":
+            keep &= (low < PRETRAINING) == (share == "pretraining")
+        if labelled:
+            keep &= self.reads["bases_length"] > 0
+        names = ", ".join(str(store.path) for store in stores)
+        uncut = set(self.reads["length"][keep & self.reads["whole"]].tolist()) - {chunk_len}
+        if labelled and uncut:
+            length = max(uncut)
+            raise InputError(
+                f"{names}: Bonito's chunks of {length} samples cannot be cut anew; add --chunk-len {length}"
+            )
+        long_enough = self.reads["length"] >= chunk_len
+        self.too_short = int((keep & ~long_enough).sum())
+        keep = np.flatnonzero(keep & long_enough)
+        if label_fraction < 1:
+            keep = keep[np.argsort(low[keep])][: max(1, round(label_fraction * len(keep)))]
+        self.number_of_reads = len(keep)
+        tiles = self.reads["length"][keep] // chunk_len
+        self.read_of = np.repeat(keep, tiles)  # (chunks,) index in self.reads
+        self.tile_of = np.arange(len(self.read_of)) - np.repeat(tiles.cumsum() - tiles, tiles)
+        if not len(self.read_of):
+            kind = "labelled " if labelled else ""
+            raise InputError(
+                f"{names}: no {kind}{split} read of at least {chunk_len} samples ({self.too_short} shorter); "
+                "give more reads or a smaller --chunk-len"
+            )
+        self._epoch, self._order = -1, None
+
+    def __len__(self):
+        return len(self.read_of)
+
+    def batch(self, seed, step, batch_size):
+        """The training batch of this step (a function of its arguments alone); a remainder of the epoch is left out."""
+        epoch, place = divmod(step, len(self) // batch_size)
+        if self._epoch != (seed, epoch):
+            self._epoch, self._order = (seed, epoch), np.random.default_rng([seed, 0, epoch]).permutation(len(self))
+        chosen = self.read_of[self._order[place * batch_size : (place + 1) * batch_size]]
+        last = self.reads["length"][chosen] - self.chunk_len
+        return self._gather(chosen, np.random.default_rng([seed, 1, step]).integers(0, last + 1))
+
+    def tiles(self, batch_size):
+        """Yields all tiles, in order, in batches of at most batch_size."""
+        for first in range(0, len(self), batch_size):
+            rows = slice(first, first + batch_size)
+            yield self._gather(self.read_of[rows], self.tile_of[rows] * self.chunk_len)
+
+    def _gather(self, reads, starts):
+        signal = np.empty((len(reads), self.chunk_len), np.float32)
+        targets = []
+        for row, (read, start) in enumerate(zip(reads, starts, strict=True)):
+            table, store = self.reads[read], self.stores[self.store_of[read]]
+            signal[row] = store.signal[table["start"] + start :][: self.chunk_len]
+            if self.labelled:
+                bases = slice(table["bases_start"], table["bases_start"] + table["bases_length"])
+                first, end = np.searchsorted(store.base_starts[bases], [start, start + self.chunk_len])
+                targets.append(torch.from_numpy(store.bases[bases][first:end].astype(np.int64)))
+        signal, lengths = torch.from_numpy(signal), torch.full((len(reads),), self.chunk_len)
+        if not self.labelled:
+            return Batch(signal, lengths)
+        padded = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
+        return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]))
+
+
+def needed_frames(targets, target_lengths):
+    """Time steps that CTC needs to spell each row of targets (N, S): a blank stands between equal neighbours."""
+    inside = torch.arange(1, targets.shape[1], device=targets.device) < target_lengths[:, None]
+    return target_lengths + ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)

@@ -1,0 +1,207 @@
+"""The pore model: a convolutional feature encoder and a transformer, exact on padded rows; and the head that pools it.
+
+Rows of a batch differ in length (drop-point shortens each by its own amount). Everything here computes, for a padded
+row, what it would compute for that row alone: padding is set to zero after every convolution, BatchNorm counts valid
+positions only, and attention does not see padded keys. Shapes: N chunks, L samples, T frames, C channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The width of a head is the same everywhere, so the weights alone tell how many heads there are.
+HEAD_WIDTH = 64
+STRIDES = (2, 2, 2, 1)
+SIZES = {
+    "thesis": {"channels": 512, "layers": 10, "feed_forward": 2048},
+    "small": {"channels": 256, "layers": 4, "feed_forward": 1024},
+    "tiny": {"channels": 128, "layers": 2, "feed_forward": 256},
+}
+
+
+def frames_of(length):
+    """Frames that the encoder makes of `length` samples (an int or a tensor of them): each stride rounds up."""
+    for stride in STRIDES:
+        length = (length + stride - 1) // stride
+    return length
+
+
+def valid_positions(lengths, width):
+    """(N,) lengths -> (N, width) bool, True before each row's length."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+class MaskedBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the valid positions of x (N, C, T) alone. `mask` (N, 1, T) bool, or None if all are valid.
+
+    x must be zero at the padding; what comes out there is not zero and has to be masked again.
+    """
+
+    def forward(self, x, mask=None):
+        if mask is None or not self.training:
+            return super().forward(x)
+        x = x.float()
+        count = mask.sum()
+        mean = x.sum((0, 2)) / count
+        var = (x.square().sum((0, 2)) / count - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return torch.addcmul((self.bias - mean * scale)[:, None], x, scale[:, None])
+
+
+class ConvBlock(nn.Module):
+    """Conv1d -> BatchNorm -> activation on x (N, C, T), with padding zero before, within and after."""
+
+    def __init__(self, inputs, outputs, kernel, stride, activation):
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.norm = MaskedBatchNorm1d(outputs)
+        self.activation = activation
+
+    def forward(self, x, lengths):
+        """x (N, C, T) zero at the padding, lengths (N,) of the *output* or None -> (N, C', T') zero at the padding."""
+        x = self.conv(x)
+        if lengths is None:
+            return self.activation(self.norm(x))
+        mask = valid_positions(lengths, x.shape[2])[:, None]
+        return self.activation(self.norm(x * mask, mask)) * mask
+
+
+class FeatureEncoder(nn.Module):
+    """Four blocks of Conv1d(3) -> BatchNorm -> GELU; 8 samples a frame, each frame sees 31 samples."""
+
+    def __init__(self, channels):
+        super().__init__()
+        widths = (1, channels // 8, channels // 4, channels // 2, channels)
+        self.blocks = nn.ModuleList(
+            ConvBlock(widths[i], widths[i + 1], 3, stride, F.gelu) for i, stride in enumerate(STRIDES)
+        )
+
+    def forward(self, signal, lengths=None):
+        """signal (N, L), lengths (N,) or None -> frames (N, T, C), zero at the padding, and their lengths or None."""
+        x = signal[:, None]
+        if lengths is not None:
+            x = x.masked_fill(~valid_positions(lengths, signal.shape[1])[:, None], 0.0)
+        for block, stride in zip(self.blocks, STRIDES, strict=True):
+            lengths = None if lengths is None else (lengths + stride - 1) // stride
+            x = block(x, lengths)
+        return x.transpose(1, 2), lengths
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward, with dropout on the output of both (Vaswani et al. 2017, section 5.4).
+
+    torch's own nn.TransformerEncoderLayer drops attention weights too, which forbids the fused attention kernels: on
+    two CPU cores a step of the tiny model then takes twice as long.
+    """
+
+    def __init__(self, channels, feed_forward, dropout):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.query_key_value = nn.Linear(channels, 3 * channels)
+        self.output = nn.Linear(channels, channels)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(channels, feed_forward), nn.GELU(), nn.Linear(feed_forward, channels)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None):
+        """x (N, T, C), mask (N, 1, 1, T) bool of the keys to attend to, or None for all -> (N, T, C)."""
+        heads = (x.shape[2] // HEAD_WIDTH, HEAD_WIDTH)
+        query, key, value = self.query_key_value(self.norm1(x)).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, mask)  # (N, heads, T, 64)
+        x = x + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.feed_forward(self.norm2(x)))
+
+
+class PoreModel(nn.Module):
+    """Raw current to contextual features: FeatureEncoder, sinusoidal positions, pre-norm transformer."""
+
+    def __init__(self, channels, layers, feed_forward, dropout=0.1):
+        super().__init__()
+        self.channels = channels
+        self.encoder = FeatureEncoder(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(TransformerLayer(channels, feed_forward, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(channels)
+
+    @classmethod
+    def of_size(cls, size, dropout=0.1):
+        """A new pore model of one of SIZES: "thesis" (32 M parameters), "small" (3.3 M) or "tiny" (0.3 M)."""
+        return cls(**SIZES[size], dropout=dropout)
+
+    @classmethod
+    def from_state_dict(cls, state, dropout=0.1):
+        """The pore model, of whatever size, that `state` (a plain state dict) holds. ValueError if it holds none."""
+        try:
+            channels = state["encoder.blocks.3.conv.weight"].shape[0]
+            feed_forward = state["layers.0.feed_forward.0.weight"].shape[0]
+            layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+            model = cls(channels, layers, feed_forward, dropout)
+            model.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"these are not a pore model's weights ({type(error).__name__}: {error})") from error
+        return model
+
+    def forward(self, signal, lengths=None):
+        """signal (N, L), lengths (N,) of valid samples or None for all -> context (N, T, C), frame lengths (N,).
+
+        T is the number of frames of the longest row; context is zero at the padding.
+        """
+        if lengths is None:
+            frames, _ = self.encoder(signal)
+            frame_lengths = torch.full((len(signal),), frames.shape[1], device=signal.device)
+            return self.contextualise(frames), frame_lengths
+        longest = int(lengths.max())  # no work on columns that are padding in every row
+        frames, frame_lengths = self.encoder(signal[:, :longest], lengths)
+        return self.contextualise(frames, frame_lengths), frame_lengths
+
+    def contextualise(self, frames, lengths=None):
+        """The transformer on the encoder's frames (N, T, C), lengths (N,) or None -> context (N, T, C)."""
+        x = self.dropout(frames + sinusoidal_positions(frames.shape[1], self.channels, frames.device))
+        valid = None if lengths is None else valid_positions(lengths, frames.shape[1])
+        for layer in self.layers:
+            x = layer(x, None if valid is None else valid[:, None, None])
+        x = self.norm(x)
+        return x if valid is None else x * valid[:, :, None]
+
+
+def sinusoidal_positions(frames, channels, device):
+    """(T, C): sines and cosines at wavelengths of 2 pi to 20000 pi frames (Vaswani et al. 2017, section 3.5)."""
+    rate = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10000.0) / channels))
+    angle = torch.arange(frames, device=device)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+
+class RepresentationHead(nn.Module):
+    """Context of a chunk to one representation (N, R): thesis figure 5.1.
+
+    Conv1d(kernel 7) -> BatchNorm -> ReLU -> MaxPool(4, 4), flatten, Linear -> BatchNorm -> ReLU -> Linear. The thesis
+    leaves two widths open: here the convolution has C / 8 channels and the hidden layer is R wide.
+    """
+
+    def __init__(self, channels, chunk_len, representation):
+        super().__init__()
+        self.frames = frames_of(chunk_len)
+        self.conv = ConvBlock(channels, channels // 8, 7, 1, F.relu)
+        self.pool = nn.MaxPool1d(4, 4)
+        self.project = nn.Sequential(
+            nn.Linear(channels // 8 * (self.frames // 4), representation),
+            nn.BatchNorm1d(representation),
+            nn.ReLU(),
+            nn.Linear(representation, representation),
+        )
+
+    def forward(self, context, lengths=None):
+        """context (N, T, C) and frame lengths (N,) as PoreModel returns them -> representations (N, R)."""
+        x = context.transpose(1, 2)
+        if lengths is not None:
+            x = x * valid_positions(lengths, x.shape[2])[:, None]
+        x = self.conv(x, lengths)
+        x = F.pad(x, (0, self.frames - x.shape[2]))  # filled up to the whole chunk, however short the longest row
+        return self.project(self.pool(x).flatten(1))

@@ -1,0 +1,101 @@
+"""Views of a chunk. Each function takes signal (N, L) and lengths (N,) of valid samples, and returns both anew.
+
+All randomness comes from torch's global generator. A view is noise, then drop-point (thesis section 5.2); the other
+five did not help there and are kept so that anyone can try them: `view(..., extra=("shuffle",))`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from common.pore_model import valid_positions
+
+
+class Views(NamedTuple):
+    """One view of every chunk of a batch."""
+
+    signal: torch.Tensor  # (N, L), zero from each row's length on
+    lengths: torch.Tensor  # (N,) int64
+
+
+def noise(signal, lengths, factor=0.25):
+    """Adds white noise of standard deviation `factor`, in normalised units, to the valid samples."""
+    return (signal + factor * torch.randn_like(signal)) * valid_positions(lengths, signal.shape[1]), lengths
+
+
+def drop_points(signal, lengths, low=0.25, high=0.38):
+    """Drops each sample with a chance drawn for each row from U(low, high) and moves the rest together.
+
+    It acts as a local change of the strand's speed. Rows end up shorter, padded on the right with zeros.
+    """
+    rows, width = signal.shape
+    chance = torch.empty(rows, 1, device=signal.device).uniform_(low, high)
+    keep = (torch.rand_like(signal) >= chance) & valid_positions(lengths, width)
+    place = torch.where(keep, keep.cumsum(1) - 1, width)  # dropped samples go to one extra column, cut off again
+    moved = signal.new_zeros(rows, width + 1).scatter_(1, place, signal)[:, :width]
+    return moved.contiguous(), keep.sum(1).clamp(min=1)
+
+
+def shuffle(signal, lengths, segments=8):
+    """Cuts each row into `segments` equal parts and puts them together in a random order."""
+    rows, width = signal.shape
+    position = torch.arange(width, device=signal.device)
+    segment = (position * segments // lengths[:, None]).clamp(max=segments)  # padding: one more segment, kept last
+    rank = torch.rand(rows, segments, device=signal.device).argsort(1)
+    rank = F.pad(rank, (0, 1), value=segments)
+    return signal.gather(1, rank.gather(1, segment).argsort(1, stable=True)), lengths
+
+
+def moving_average(signal, lengths, width=7):
+    """Replaces each sample by the mean of the valid ones among the `width` around it."""
+    valid = valid_positions(lengths, signal.shape[1]).to(signal.dtype)
+
+    def window(x):
+        return F.avg_pool1d(x[:, None], width, stride=1, padding=width // 2)[:, 0]
+
+    return window(signal * valid) / window(valid).clamp(min=1e-6) * valid, lengths
+
+
+def random_crop(signal, lengths, smallest=0.5):
+    """Cuts a part of U(smallest, 1) of the row at a random place and stretches it back by linear interpolation."""
+    rows, width = signal.shape
+    part = torch.empty(rows, 1, device=signal.device).uniform_(smallest, 1.0)
+    last = (lengths[:, None] - 1).to(signal.dtype)
+    start = torch.rand(rows, 1, device=signal.device) * (1 - part) * last
+    source = (start + part * torch.arange(width, device=signal.device)).clamp(max=last)
+    left = source.floor().long()
+    right = (left + 1).minimum(lengths[:, None] - 1)
+    stretched = torch.lerp(signal.gather(1, left), signal.gather(1, right), source - left)
+    return stretched * valid_positions(lengths, width), lengths
+
+
+def flip_time(signal, lengths):
+    """Turns a random half of the rows end to end."""
+    flipped = (lengths[:, None] - 1 - torch.arange(signal.shape[1], device=signal.device)).clamp(min=0)
+    chosen = torch.rand(len(signal), 1, device=signal.device) < 0.5
+    turned = signal.gather(1, flipped) * valid_positions(lengths, signal.shape[1])
+    return torch.where(chosen, turned, signal), lengths
+
+
+def flip_current(signal, lengths):
+    """Changes the sign of a random half of the rows."""
+    sign = 1 - 2 * (torch.rand(len(signal), 1, device=signal.device) < 0.5).to(signal.dtype)
+    return signal * sign, lengths
+
+
+EXTRA = {
+    "shuffle": shuffle,
+    "moving-average": moving_average,
+    "random-crop": random_crop,
+    "flip-time": flip_time,
+    "flip-current": flip_current,
+}
+
+
+def view(signal, lengths, noise_factor=0.25, drop_chance=(0.25, 0.38), extra=()):
+    """A random view of each chunk: those named in `extra` (keys of EXTRA), then noise, then drop-point."""
+    for name in extra:
+        signal, lengths = EXTRA[name](signal, lengths)
+    signal, lengths = noise(signal, lengths, noise_factor)
+    return Views(*drop_points(signal, lengths, *drop_chance))

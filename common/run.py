@@ -1,0 +1,218 @@
+"""What every script does around its method: arguments, device, the run folder with its log, checkpoints and resume."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from common import InputError
+
+LOG_EVERY = 10  # steps
+
+
+def parse_args(args_class):
+    """The script's arguments from the command line, checked; with --resume RUN, those of that run are the defaults.
+
+    From here on an InputError, or Ctrl-C, ends the script with one line on standard error and exit code 1 or 130.
+    """
+    sys.excepthook = _one_line
+    saved, words = None, sys.argv[1:]
+    for i, word in enumerate(words):
+        if word.startswith("--resume"):
+            run = Path(word.partition("=")[2] or (words[i + 1] if i + 1 < len(words) else ""))
+            saved = args_class(**_read_args(run, args_class))
+    args = tyro.cli(args_class, default=saved)
+    check_args(args)
+    return args
+
+
+def _one_line(kind, error, traceback):
+    if issubclass(kind, InputError):
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def _read_args(run, args_class):
+    try:
+        saved = json.loads((run / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume {run}: no run folder with an args.json ({error})") from error
+    unknown = saved.keys() - {field.name for field in dataclasses.fields(args_class)}
+    if unknown:
+        raise InputError(f"--resume {run}: not a run of this script (its arguments have {', '.join(sorted(unknown))})")
+    for name in ("data", "drop_chance", "extra_augmentations"):  # JSON has no tuples
+        if name in saved:
+            saved[name] = tuple(saved[name])
+    for name in ("weights", "run_dir"):
+        if saved.get(name) is not None:
+            saved[name] = Path(saved[name])
+    saved["data"] = tuple(Path(path) for path in saved["data"])
+    return saved
+
+
+def check_args(args):
+    """InputError, naming the argument, if a value cannot be meant."""
+    rules = {
+        "at least 1": (("chunk_len", "batch_size", "epochs", "max_steps", "checkpoint_every"), lambda x: x >= 1),
+        "above 0": (("lr", "pore_model_lr", "lambd"), lambda x: 0 < x < math.inf),
+        "0 or more": (
+            ("seed", "noise_factor", "warmup_steps", "freeze_steps", "gain_jitter", "offset_jitter", "noise_jitter"),
+            lambda x: 0 <= x < math.inf,
+        ),
+        "above 0 and at most 1": (("label_fraction",), lambda x: 0 < x <= 1),
+        "LOW HIGH with 0 <= LOW <= HIGH < 1": (("drop_chance",), lambda x: 0 <= x[0] <= x[1] < 1),
+    }
+    for rule, (names, holds) in rules.items():
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise InputError(f"--{name.replace('_', '-')} {value}: should be {rule}")
+
+
+def pick_device(name):
+    """The torch.device that `--device` names; auto: cuda, else mps, else cpu."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name}: not available on this machine; leave it out or give --device cpu")
+    return torch.device(name)
+
+
+def autocast(device, precision):
+    """The context that models run in: bfloat16 where `--precision` says so; auto: on a GPU that has it."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def seed_step(seed, step):
+    """Seeds all randomness of one step (views, dropout), so that a resumed run draws what the whole run would have."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def save_whole(state, path):
+    """torch.save to a temporary file, flushed and renamed: `path` is the old file or the new, never half of one."""
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free space") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def load_tensors(path, device="cpu"):
+    """What torch.save wrote to `path`, read without executing anything. InputError if it is no such file."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except Exception as error:
+        raise InputError(f"{path}: not a PyTorch file of weights, or cut off; give pore_model.pt of a run") from error
+
+
+class Run:
+    """The folder of one run: args.json, metrics.jsonl, checkpoint.pt and what the script saves at its end."""
+
+    def __init__(self, args, script):
+        self.script = Path(script).stem
+        if args.resume:
+            self.folder = args.resume
+        else:
+            name = f"{self.script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
+            self.folder = args.run_dir or Path("runs") / name
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError as error:
+                raise InputError(f"{self.folder}: exists; choose another --run-dir, or go on with --resume") from error
+            except OSError as error:
+                raise InputError(f"{self.folder}: cannot be made ({error.strerror}); see --run-dir") from error
+            saved = json.dumps(dataclasses.asdict(args), default=str, indent=1)
+            (self.folder / "args.json").write_text(saved + "\n")
+        print(f"{self.script}: run folder {self.folder}")
+        self.tracker = None
+        if args.track:
+            import wandb
+
+            self.tracker = wandb.init(
+                project="poressl", name=self.folder.name, config=dataclasses.asdict(args), dir=self.folder
+            )
+
+    def resume(self, device):
+        """The last checkpoint's state on `device`; the log is cut back to it."""
+        state = load_tensors(self.folder / "checkpoint.pt", device)
+        log = self.folder / "metrics.jsonl"
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
+        log.write_text("".join(line + "\n" for line in kept))
+        print(f"going on after step {state['step']}")
+        return state
+
+    def steps(self, first, last, chunks):
+        """Yields the steps first + 1 ... last under a progress bar; `chunks` a step give the logged rate."""
+        self.rate, self.since = chunks, (first, time.perf_counter())
+        steps = range(first + 1, last + 1)
+        often = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
+        with tqdm(steps, self.script, last, initial=first, unit=" steps", mininterval=often) as self.bar:
+            yield from self.bar
+
+    def log(self, step, **metrics):
+        """Appends one JSON line; floats as they are, so that two runs can be compared exactly."""
+        if "loss" in metrics:  # a training step, not a validation
+            before, then = self.since
+            self.since = (step, time.perf_counter())
+            metrics["chunks_per_second"] = self.rate * (step - before) / (self.since[1] - then)
+            self.bar.set_postfix(loss=f"{float(metrics['loss'].detach()):.4g}", refresh=False)
+        metrics = {"step": step} | {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if "validation/loss" in metrics:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("validation"))
+            tqdm.write(f"step {step}: {shown}")
+        if self.tracker:
+            self.tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
+
+    def save(self, name, state):
+        """Writes `state` to the run folder, whole or not at all."""
+        save_whole(state, self.folder / name)
+
+
+def stop_if_not_finite(step, loss, terms):
+    """InputError if the loss is infinite or not a number; the last checkpoint stays as it is."""
+    if not torch.isfinite(loss):
+        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+        raise InputError(f"step {step}: the loss is {float(loss)} ({terms}); try a lower --lr or --precision fp32")
+
+
+def warn_if_slow(device, models, chunk_len, chunks, views):
+    """On a CPU with a large model: says how long an epoch of `chunks` will take, from one forward and backward."""
+    parameters = sum(p.numel() for p in models[0].parameters())
+    if device.type != "cpu" or parameters < 1e6:
+        return
+    pore_model, head = copy.deepcopy(models)  # so that BatchNorm's statistics stay as they are
+    signal = torch.randn(2, chunk_len)
+    start = time.perf_counter()
+    head(pore_model(signal)[0]).square().mean().backward()
+    seconds = (time.perf_counter() - start) / len(signal) * views * chunks
+    print(
+        f"no GPU: {parameters / 1e6:.0f} M parameters will take about {seconds / 3600:.1f} hours an epoch here "
+        f"({chunks} chunks); --size tiny is meant for this machine"
+    )

@@ -1,0 +1,264 @@
+"""Fine-tune a pretrained pore model into a CTC basecaller, or train one from scratch: the baseline.
+
+The pore model turns 8 samples into a frame; a linear head projects each frame to two time steps of five
+log-probabilities (blank, A, C, G, T). R9.4 strands move at 8.8 samples a base and CTC needs a blank between equal
+neighbours, so one step a frame could not spell most chunks. The loss is CTC (Graves et al. 2006), a base:
+
+    loss = mean over chunks of  -log p(reference | signal) / bases
+
+with chunks that cannot be spelled left out and counted (`infeasible`).
+
+    python finetune_basecaller.py --data reads.hdf5 --size tiny --weights runs/RUN/pore_model.pt
+    python finetune_basecaller.py --data reads.hdf5 --size tiny
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import fast_ctc_decode
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError
+from common.data import ALPHABET, Chunks, needed_frames, open_data
+from common.metrics import identity
+from common.pore_model import PoreModel
+from common.run import LOG_EVERY, Run, autocast, load_tensors, parse_args, pick_device, seed_step, stop_if_not_finite
+
+STEPS_PER_FRAME = 2
+
+# What each size trains best with here; docs/results.md has the study. An argument that is given wins.
+RECIPES = {
+    "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "warmup_steps": 500},
+    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200},
+    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200},
+}
+
+
+@dataclass
+class Args:
+    data: tuple[Path, ...] = ()
+    """labelled reads: mapped-signal HDF5, Bonito folders, read stores, or folders of them; simulated reads if none"""
+    weights: Path | None = None
+    """a pretrained pore_model.pt to start from; without it the basecaller is trained from scratch"""
+    size: Literal["thesis", "small", "tiny"] = "thesis"
+    """size of the pore model, that of the weights; tiny trains on two cores"""
+    label_fraction: float = 1.0
+    """train on this share of the labelled reads; an epoch shrinks with it, so raise --epochs to keep the steps"""
+    shared_data: bool = False
+    """pretraining was given the same --data: train on the one read in six that it left out"""
+    chunk_len: int | None = None
+    """samples a chunk; by size if not given"""
+    batch_size: int | None = None
+    """chunks a step; by size if not given"""
+    lr: float | None = None
+    """highest learning rate, after the warm-up; by size if not given"""
+    pore_model_lr: float | None = None
+    """another one for the pore model, --lr then being the head's; try a third of --lr with pretrained weights"""
+    warmup_steps: int | None = None
+    """steps over which the learning rate rises from 0; from there it falls to 0 as a cosine; by size if not given"""
+    freeze_steps: int = 0
+    """train the head alone for this many steps first; useful with pretrained weights and few labels"""
+    gain_jitter: float = 0.1
+    """each chunk is scaled by 1 + this * N(0, 1)"""
+    offset_jitter: float = 0.1
+    """and moved by this * N(0, 1)"""
+    noise_jitter: float = 0.05
+    """and given white noise of this standard deviation"""
+    epochs: int | None = None
+    """passes over the training reads; the cosine ends with them; by size if not given"""
+    max_steps: int | None = None
+    """stop early, after this many steps"""
+    seed: int = 0
+    """of weights, order of the chunks, jitter and dropout"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to run"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it; the loss is always float32"""
+    compile: bool = False
+    """torch.compile the pore model"""
+    run_dir: Path | None = None
+    """the folder of this run; runs/<script>__<seed>__<time> if not given"""
+    resume: Path | None = None
+    """go on with this run from its last checkpoint; its arguments are the defaults"""
+    checkpoint_every: int = 200
+    """steps between checkpoints"""
+    track: bool = False
+    """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
+
+
+class Basecaller(nn.Module):
+    """A pore model and a linear head of two time steps a frame."""
+
+    def __init__(self, pore_model):
+        super().__init__()
+        self.pore_model = pore_model
+        self.head = nn.Linear(pore_model.channels, STEPS_PER_FRAME * len(ALPHABET))
+
+    @classmethod
+    def from_state_dict(cls, state):
+        """The basecaller that `state`, the content of basecaller.pt, holds. ValueError if it holds none."""
+        prefix = "pore_model."
+        pore_model = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        model = cls(PoreModel.from_state_dict(pore_model))
+        model.load_state_dict(state)
+        return model
+
+    def forward(self, signal, lengths=None):
+        """signal (N, L), lengths (N,) or None -> log-probabilities (N, 2 T, 5) in float32, their lengths (N,)."""
+        context, lengths = self.pore_model(signal, lengths)
+        scores = self.head(context).reshape(len(signal), -1, len(ALPHABET))
+        return F.log_softmax(scores.float(), dim=-1), lengths * STEPS_PER_FRAME
+
+
+def ctc_loss(log_probs, lengths, targets, target_lengths):
+    """log_probs (N, S, 5), lengths (N,), targets (N, B) of 1-4, target_lengths (N,) -> loss a base, {"infeasible"}."""
+    feasible = needed_frames(targets, target_lengths) <= lengths
+    per_chunk = F.ctc_loss(
+        log_probs.transpose(0, 1), targets, lengths, target_lengths, reduction="none", zero_infinity=True
+    )  # (N,)
+    per_base = per_chunk / target_lengths.clamp(min=1)
+    return per_base.sum() / feasible.sum().clamp(min=1), {"infeasible": 1 - feasible.float().mean()}
+
+
+def jitter(signal, gain, offset, noise):
+    """signal (N, L) with a random gain and offset for each row and white noise."""
+    rows = (len(signal), 1)
+    signal = signal * (1 + gain * torch.randn(rows, device=signal.device))
+    return signal + offset * torch.randn(rows, device=signal.device) + noise * torch.randn_like(signal)
+
+
+def learning_rate(step, warmup_steps, total):
+    """Share of the highest learning rate at `step` of `total`: a linear rise, then a cosine to 0."""
+    if step <= warmup_steps:
+        return step / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
+
+
+def decode(log_probs):
+    """log_probs (S, 5) -> the best path as a string of ACGT."""
+    return fast_ctc_decode.viterbi_search(np.ascontiguousarray(log_probs.exp().numpy()), ALPHABET)[0]
+
+
+@torch.no_grad()
+def validate(model, chunks, batch_size, device, precision):
+    """Mean loss a base and identity over all validation chunks, as a dict of the logged metrics."""
+    model.eval()
+    loss = infeasible = 0.0
+    identities = []
+    for batch in chunks.tiles(batch_size):
+        batch = batch.to(device)
+        with autocast(device, precision):
+            log_probs, lengths = model(batch.signal)
+        batch_loss, terms = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
+        share = len(batch.signal) / len(chunks)
+        loss, infeasible = loss + share * batch_loss.item(), infeasible + share * terms["infeasible"].item()
+        targets, log_probs = batch.targets.cpu().numpy(), log_probs.cpu()
+        for row, bases in enumerate(batch.target_lengths.tolist()):
+            if bases:
+                reference = "".join(ALPHABET[base] for base in targets[row, :bases])
+                identities.append(identity(decode(log_probs[row]), reference))
+    model.train()
+    return {
+        "validation/loss": loss,
+        "validation/infeasible": infeasible,
+        "validation/identity_mean": np.mean(identities),
+        "validation/identity_median": np.median(identities),
+    }
+
+
+def start_model(args):
+    """The basecaller to train, on a pore model from --weights or a new one."""
+    model = PoreModel.of_size(args.size)
+    if args.weights:
+        state = load_tensors(args.weights)
+        try:
+            pretrained = PoreModel.from_state_dict(state)
+        except ValueError as error:
+            raise InputError(f"--weights {args.weights}: {error}") from error
+        found, wanted = ([p.shape for p in m.parameters()] for m in (pretrained, model))
+        if found != wanted:
+            millions = sum(shape.numel() for shape in found) / 1e6
+            raise InputError(
+                f"--weights {args.weights}: {millions:.1f} M parameters, not --size {args.size}; give its own --size"
+            )
+        model = pretrained
+    return Basecaller(model)
+
+
+def main(args):
+    for name, value in RECIPES[args.size].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    model = start_model(args).to(device)
+    stores = open_data(args.data)
+    share = "finetuning" if args.shared_data else None
+    chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction)
+    validation = Chunks(stores, args.chunk_len, "validation", True)
+    print(
+        f"training: {chunks.number_of_reads} reads, {len(chunks)} chunks; "
+        f"validation: {validation.number_of_reads} reads, {len(validation)} chunks"
+    )
+    steps_per_epoch = len(chunks) // args.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
+    total = args.epochs * steps_per_epoch
+    last = min(total, args.max_steps or total)
+
+    run = Run(args, __file__)
+    pore_model_lr = args.pore_model_lr or args.lr
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model.head.parameters(), "lr": args.lr, "highest": args.lr},
+            {"params": model.pore_model.parameters(), "lr": pore_model_lr, "highest": pore_model_lr},
+        ]
+    )
+    first, best = 0, math.inf
+    if args.resume:
+        state = run.resume(device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, best = state["step"], state["best"]
+    if args.compile:
+        model.pore_model.compile()
+
+    for step in run.steps(first, last, args.batch_size):
+        seed_step(args.seed, step)
+        batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
+        signal = jitter(batch.signal, args.gain_jitter, args.offset_jitter, args.noise_jitter)
+        model.pore_model.requires_grad_(step > args.freeze_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest"] * learning_rate(step, args.warmup_steps, total)
+
+        with autocast(device, args.precision):
+            log_probs, lengths = model(signal)
+        loss, terms = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
+        stop_if_not_finite(step, loss, terms)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+
+        if step % LOG_EVERY == 0:
+            run.log(step, loss=loss, **terms, lr=optimizer.param_groups[1]["lr"])
+        if step % steps_per_epoch == 0 or step == last:
+            metrics = validate(model, validation, args.batch_size, device, args.precision)
+            run.log(step, **metrics)
+            if metrics["validation/loss"] < best:
+                best = metrics["validation/loss"]
+                run.save("basecaller.pt", model.state_dict())
+        if step % args.checkpoint_every == 0 or step == last:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best}
+            run.save("checkpoint.pt", state)
+    run.save("basecaller_last.pt", model.state_dict())
+    print(f"best by validation loss ({best:.4f}): {run.folder / 'basecaller.pt'}")
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))

@@ -1,0 +1,105 @@
+"""Raw reads in, a read store out, or Bonito's training arrays; with an account of what was left out, and an audit.
+
+    python prepare_data.py reads/ more.pod5 -o store/
+    python prepare_data.py mapped.hdf5 -o arrays/ --bonito
+
+Scripts that are given raw reads prepare them on their own, once. Do it yourself to see the audit, to keep the store
+where you like, or for data so large that reading all of it to find the prepared copy takes long.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from common import InputError
+from common.data import Chunks, NpyWriter, needed_frames, open_data, prepare, written_whole
+from common.pore_model import frames_of
+from common.run import parse_args
+
+
+@dataclass
+class Args:
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """POD5, FAST5, mapped-signal HDF5, folders of them or of Bonito's arrays; with --bonito read stores, too"""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """the folder to make"""
+    chunk_len: int = 3600
+    """samples a chunk; reads shorter than one are left out"""
+    labelled_only: bool = False
+    """leave out reads without bases"""
+    bonito: bool = False
+    """write the labelled reads as Bonito's training arrays: chunks.npy, references.npy, reference_lengths.npy"""
+
+
+def audit(stores, chunk_len):
+    """Prints reads, chunks, and for labelled reads samples a base and the share of chunks that CTC cannot spell."""
+    needed = []
+    for split in ("training", "validation"):
+        for labelled in (False, True):
+            try:
+                chunks = Chunks(stores, chunk_len, split, labelled)
+            except InputError:
+                continue  # no such reads
+            kind = "labelled " if labelled else ""
+            print(f"  {split}: {chunks.number_of_reads} {kind}reads, {len(chunks)} chunks of {chunk_len}")
+            if labelled:
+                needed += [needed_frames(batch.targets, batch.target_lengths) for batch in chunks.tiles(64)]
+    if not needed:
+        return
+    labelled = np.concatenate([store.reads[store.reads["bases_length"] > 0] for store in stores])
+    print(f"  {labelled['length'].sum() / labelled['bases_length'].sum():.2f} samples a base")
+    needed, frames = torch.cat(needed), frames_of(chunk_len)
+    for head, steps in (("one time step a frame", frames), ("two, as finetune_basecaller.py", 2 * frames)):
+        share = (needed > steps).float().mean()
+        print(f"  {share:.1%} of chunks cannot be spelled by CTC at stride 8 with {head} ({steps} steps)")
+
+
+def write_bonito(stores, out, chunk_len):
+    """Writes all tiles of the labelled reads as Bonito's arrays; `out` appears when they are whole."""
+    with written_whole(out, "free space or choose another place") as folder:
+        for split, part in (("training", folder), ("validation", folder / "validation")):
+            try:
+                chunks = Chunks(stores, chunk_len, split, labelled=True)
+            except InputError:
+                if split == "training":
+                    raise
+                continue
+            longest = max(batch.targets.shape[1] for batch in chunks.tiles(64))
+            part.mkdir(exist_ok=True)
+            signal = NpyWriter(part / "chunks.npy", np.float16, (chunk_len,))
+            references = NpyWriter(part / "references.npy", np.uint8, (longest,))
+            lengths = NpyWriter(part / "reference_lengths.npy", np.uint16)
+            for batch in tqdm(chunks.tiles(64), total=-(-len(chunks) // 64), desc=f"writing {split}", unit=" batches"):
+                spelled = batch.target_lengths > 0
+                targets = batch.targets[spelled].numpy()
+                signal.append(batch.signal[spelled].numpy())
+                references.append(np.pad(targets, ((0, 0), (0, longest - targets.shape[1]))))
+                lengths.append(batch.target_lengths[spelled].numpy())
+            for file in (signal, references, lengths):
+                file.close()
+
+
+def main(args):
+    if not args.data:
+        raise InputError("no input; name raw files, folders of them or a read store")
+    if args.out.exists():
+        raise InputError(f"--out {args.out}: exists; choose another folder or remove it")
+    if args.bonito:
+        stores = open_data(args.data)
+        write_bonito(stores, args.out, args.chunk_len)
+    else:
+        stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only)]
+    for store in stores:
+        print("\n  ".join(["kept", *store.kept(), "left out", *store.left_out()]))
+    print("audit")
+    audit(stores, args.chunk_len)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))

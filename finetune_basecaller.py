@@ -232,7 +232,7 @@ def main(args):
         seed_step(args.seed, step)
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
         signal = jitter(batch.signal, args.gain_jitter, args.offset_jitter, args.noise_jitter)
-        model.pore_model.requires_grad_(step > args.freeze_steps)
+        model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["highest"] * learning_rate(step, args.warmup_steps, total)
 
@@ -246,7 +246,7 @@ def main(args):
         optimizer.step()
 
         if step % LOG_EVERY == 0:
-            run.log(step, loss=loss, **terms, lr=optimizer.param_groups[1]["lr"])
+            run.log(step, loss=loss, **terms, lr=optimizer.param_groups[0]["lr"])
         if step % steps_per_epoch == 0 or step == last:
             metrics = validate(model, validation, args.batch_size, device, args.precision)
             run.log(step, **metrics)

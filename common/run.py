@@ -176,12 +176,13 @@ class Run:
 
     def log(self, step, **metrics):
         """Appends one JSON line; floats as they are, so that two runs can be compared exactly."""
+        metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
         if "loss" in metrics:  # a training step, not a validation
             before, then = self.since
             self.since = (step, time.perf_counter())
             metrics["chunks_per_second"] = self.rate * (step - before) / (self.since[1] - then)
-            self.bar.set_postfix(loss=f"{float(metrics['loss'].detach()):.4g}", refresh=False)
-        metrics = {"step": step} | {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}
+            self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+        metrics = {"step": step} | metrics
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if "validation/loss" in metrics:
@@ -198,8 +199,8 @@ class Run:
 def stop_if_not_finite(step, loss, terms):
     """InputError if the loss is infinite or not a number; the last checkpoint stays as it is."""
     if not torch.isfinite(loss):
-        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
-        raise InputError(f"step {step}: the loss is {float(loss)} ({terms}); try a lower --lr or --precision fp32")
+        terms = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        raise InputError(f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32")
 
 
 def warn_if_slow(device, models, chunk_len, chunks, views):

@@ -1,0 +1,31 @@
+"""Fixtures of all tests: a cache folder of their own, the real reads where they are, simulated reads."""
+
+from pathlib import Path
+
+import pytest
+
+from common.simulate import write_simulated
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where prepared reads go: an empty place for each test, never the user's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "poressl"
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real reads beside the project; it is not part of it."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real reads in {folder}, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory):
+    """Mapped-signal HDF5 of 12 simulated reads of 1000 to 2000 bases; two of them are in the validation split."""
+    path = tmp_path_factory.mktemp("simulated") / "reads.hdf5"
+    write_simulated(path, reads=12, mean_bases=1000, seed=1)
+    return path

@@ -1,0 +1,130 @@
+"""The basecaller: CTC against enumeration, its head and schedule, and runs that learn, freeze and resume."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.pore_model import PoreModel
+from finetune_basecaller import Args, Basecaller, ctc_loss, decode, jitter, learning_rate, main
+
+
+def enumerated_loss(log_probs, target):
+    """-log of the summed probability of every path that spells `target`, by trying all of them, a base."""
+    steps, symbols = log_probs.shape
+    total = 0.0
+    for path in itertools.product(range(symbols), repeat=steps):
+        spelled = [symbol for symbol, _ in itertools.groupby(path) if symbol]
+        if spelled == target:
+            total += np.exp(sum(log_probs[step, symbol] for step, symbol in enumerate(path)))
+    return -np.log(total) / len(target)
+
+
+def test_ctc_loss_equals_the_sum_over_all_paths():
+    torch.manual_seed(0)
+    log_probs = torch.randn(2, 6, 5).log_softmax(-1)
+    targets, lengths = torch.tensor([[1, 3, 3], [4, 2, 0]]), torch.tensor([3, 2])
+    expected = [enumerated_loss(log_probs[0].double().numpy(), [1, 3, 3])]
+    expected += [enumerated_loss(log_probs[1, :5].double().numpy(), [4, 2])]
+    loss, terms = ctc_loss(log_probs, torch.tensor([6, 5]), targets, lengths)
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert terms["infeasible"].item() == 0
+
+
+def test_chunks_that_cannot_be_spelled_are_counted_and_do_not_count():
+    torch.manual_seed(0)
+    log_probs = torch.randn(2, 4, 5).log_softmax(-1).requires_grad_()
+    targets, target_lengths = torch.tensor([[1, 1, 1], [1, 2, 3]]), torch.tensor([3, 3])  # AAA needs 5 steps, ACG 3
+    loss, terms = ctc_loss(log_probs, torch.tensor([4, 4]), targets, target_lengths)
+    alone, _ = ctc_loss(log_probs[1:], torch.tensor([4]), targets[1:], target_lengths[1:])
+    assert terms["infeasible"].item() == 0.5
+    assert loss.item() == pytest.approx(alone.item())
+    loss.backward()
+    assert log_probs.grad.isfinite().all() and not log_probs.grad[0].any() and log_probs.grad[1].any()
+
+
+def test_two_time_steps_a_frame_that_sum_to_one():
+    model = Basecaller(PoreModel.of_size("tiny")).eval()
+    log_probs, lengths = model(torch.randn(2, 400))
+    assert log_probs.shape == (2, 100, 5) and lengths.tolist() == [100, 100]
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(2, 100), atol=1e-5)
+
+
+def test_a_state_dict_rebuilds_the_basecaller():
+    model = Basecaller(PoreModel.of_size("tiny")).eval()
+    again = Basecaller.from_state_dict(model.state_dict()).eval()
+    signal = torch.randn(1, 400)
+    assert torch.equal(model(signal)[0], again(signal)[0])
+
+
+def test_decode_merges_repeats_and_drops_blanks():
+    path = [0, 1, 1, 0, 1, 3, 3, 4, 0, 2]
+    log_probs = torch.full((len(path), 5), -10.0)
+    log_probs[range(len(path)), path] = -0.01
+    assert decode(log_probs) == "AAGTC"
+
+
+def test_jitter_has_the_spread_asked_for():
+    torch.manual_seed(0)
+    ones = torch.ones(4000, 50)
+    assert jitter(ones, 0.1, 0.0, 0.0).std().item() == pytest.approx(0.1, rel=0.1)
+    assert jitter(ones, 0.0, 0.2, 0.0).std(1).max().item() < 1e-6
+    assert jitter(ones, 0.0, 0.2, 0.0)[:, 0].std().item() == pytest.approx(0.2, rel=0.1)
+    assert jitter(ones, 0.0, 0.0, 0.3).std(1).mean().item() == pytest.approx(0.3, rel=0.05)
+    assert torch.equal(jitter(ones, 0.0, 0.0, 0.0), ones)
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate(step, 10, 110) for step in (1, 10, 60, 110)]
+    assert rates == pytest.approx([0.1, 1.0, 0.5, 0.0])
+
+
+def small_args(data, folder, **changes):
+    settings = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 32, "warmup_steps": 5, "epochs": 4}
+    return Args(data=(data,), run_dir=folder, **settings | changes)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_short_run_learns_and_writes_best_and_last(simulated, tmp_path):
+    main(small_args(simulated, tmp_path / "run", lr=3e-3, epochs=8))
+    validated = [line for line in metrics_of(tmp_path / "run") if "validation/loss" in line]
+    assert validated[-1]["validation/loss"] < 1.36 < np.log(4)  # ln 4 a base: all that is known without the signal
+    assert {"validation/identity_mean", "validation/identity_median", "validation/infeasible"} < validated[0].keys()
+    for name in ("basecaller.pt", "basecaller_last.pt"):
+        Basecaller.from_state_dict(torch.load(tmp_path / "run" / name, weights_only=True))
+
+
+def test_a_resumed_run_is_the_run_never_stopped(simulated, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    main(small_args(simulated, whole, max_steps=12))
+    main(small_args(simulated, stopped, max_steps=7))
+    main(small_args(simulated, None, max_steps=12, resume=stopped))
+    weights = [torch.load(folder / "basecaller_last.pt", weights_only=True) for folder in (whole, stopped)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert metrics_of(whole)[-1] == metrics_of(stopped)[-1]
+
+
+def test_frozen_pore_model_keeps_its_weights_and_statistics_while_the_head_learns(simulated, tmp_path):
+    pretrained = PoreModel.of_size("tiny")
+    torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
+    args = small_args(simulated, tmp_path / "run", weights=tmp_path / "pore_model.pt", freeze_steps=6, max_steps=6)
+    main(args)
+    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    assert all(torch.equal(value, trained[f"pore_model.{key}"]) for key, value in pretrained.state_dict().items())
+    torch.manual_seed(args.seed)
+    assert not torch.equal(trained["head.weight"], Basecaller(PoreModel.of_size("tiny")).head.weight)
+
+
+def test_pore_model_lr_of_its_own_reaches_only_the_pore_model(simulated, tmp_path):
+    pretrained = PoreModel.of_size("tiny")
+    torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
+    settings = {"weights": tmp_path / "pore_model.pt", "max_steps": 3, "lr": 1e-2, "warmup_steps": 0}
+    main(small_args(simulated, tmp_path / "run", pore_model_lr=1e-9, **settings))
+    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    moved = [(trained[f"pore_model.{key}"] - value).abs().max() for key, value in pretrained.named_parameters()]
+    assert max(moved) < 1e-7

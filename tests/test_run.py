@@ -1,0 +1,99 @@
+"""The run folder and what surrounds it: arguments, whole files, safe loading."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+import barlow
+from common import InputError
+from common.pore_model import PoreModel, RepresentationHead
+from common.run import check_args, load_tensors, parse_args, pick_device, save_whole, seed_step, warn_if_slow
+
+
+def test_resume_takes_the_arguments_of_the_run_unless_given_anew(tmp_path, monkeypatch):
+    saved = {"data": ["a.pod5"], "lr": 0.5, "drop_chance": [0.1, 0.2], "max_steps": 7, "size": "tiny"}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["barlow.py", "--resume", str(tmp_path), "--max-steps", "9"])
+    args = parse_args(barlow.Args)
+    assert (args.lr, args.drop_chance, args.size, args.max_steps) == (0.5, (0.1, 0.2), "tiny", 9)
+    assert [str(path) for path in args.data] == ["a.pod5"] and args.resume == tmp_path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_len": 0},
+        {"batch_size": 0},
+        {"lr": -1e-3},
+        {"lr": float("nan")},
+        {"noise_factor": -0.1},
+        {"drop_chance": (0.9, 0.1)},
+        {"drop_chance": (0.5, 1.0)},
+        {"epochs": 0},
+        {"max_steps": 0},
+        {"lambd": 0.0},
+        {"seed": -1},
+    ],
+)
+def test_values_that_cannot_be_meant_name_their_argument(change):
+    check_args(barlow.Args())
+    with pytest.raises(InputError, match="--" + next(iter(change)).replace("_", "-")):
+        check_args(barlow.Args(**change))
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    save_whole({"x": torch.ones(3)}, path)
+
+    def full_disk(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(InputError, match="No space left"):
+        save_whole({"x": torch.zeros(3)}, path)
+    assert torch.equal(load_tensors(path)["x"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.pt"]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_are_read_and_never_executed(tmp_path):
+    torch.save({"x": Bomb(tmp_path / "executed")}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError, match=r"bomb\.pt"):
+        load_tensors(tmp_path / "bomb.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_step_draws_the_same_numbers_whatever_came_before():
+    seed_step(3, 7)
+    first = torch.randn(5)
+    seed_step(3, 8)
+    other = torch.randn(5)
+    seed_step(3, 7)
+    assert torch.equal(first, torch.randn(5)) and not torch.equal(first, other)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="--device cuda"):
+        pick_device("cuda")
+
+
+def test_full_size_without_a_gpu_is_announced_and_leaves_the_model_as_it_was(capsys):
+    pore_model = PoreModel.of_size("small")
+    before = {key: value.clone() for key, value in pore_model.state_dict().items()}
+    warn_if_slow(torch.device("cpu"), (pore_model, RepresentationHead(256, 400, 32)), 400, 10, views=2)
+    assert "hours an epoch" in (said := capsys.readouterr().out) and "--size tiny" in said
+    assert all(torch.equal(before[key], value) for key, value in pore_model.state_dict().items())
+    warn_if_slow(torch.device("cpu"), (PoreModel.of_size("tiny"), None), 400, 10, views=2)
+    assert capsys.readouterr().out == ""

@@ -33,9 +33,9 @@ STEPS_PER_FRAME = 2
 
 # What each size trains best with here; docs/results.md has the study. An argument that is given wins.
 RECIPES = {
-    "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "warmup_steps": 500},
-    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200},
-    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200},
+    "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "warmup_steps": 500, "dropout": 0.1},
+    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200, "dropout": 0.0},
+    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200, "dropout": 0.0},
 }
 
 
@@ -63,11 +63,13 @@ class Args:
     """steps over which the learning rate rises from 0; from there it falls to 0 as a cosine; by size if not given"""
     freeze_steps: int = 0
     """train the head alone for this many steps first; useful with pretrained weights and few labels"""
-    gain_jitter: float = 0.1
+    dropout: float | None = None
+    """of the pore model; by size if not given"""
+    gain_jitter: float = 0.05
     """each chunk is scaled by 1 + this * N(0, 1)"""
-    offset_jitter: float = 0.1
+    offset_jitter: float = 0.05
     """and moved by this * N(0, 1)"""
-    noise_jitter: float = 0.05
+    noise_jitter: float = 0.0
     """and given white noise of this standard deviation"""
     epochs: int | None = None
     """passes over the training reads; the cosine ends with them; by size if not given"""
@@ -173,11 +175,11 @@ def validate(model, chunks, batch_size, device, precision):
 
 def start_model(args):
     """The basecaller to train, on a pore model from --weights or a new one."""
-    model = PoreModel.of_size(args.size)
+    model = PoreModel.of_size(args.size, args.dropout)
     if args.weights:
         state = load_tensors(args.weights)
         try:
-            pretrained = PoreModel.from_state_dict(state)
+            pretrained = PoreModel.from_state_dict(state, args.dropout)
         except ValueError as error:
             raise InputError(f"--weights {args.weights}: {error}") from error
         found, wanted = ([p.shape for p in m.parameters()] for m in (pretrained, model))

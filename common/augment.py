@@ -21,7 +21,8 @@ class Views(NamedTuple):
 
 def noise(signal, lengths, factor=0.25):
     """Adds white noise of standard deviation `factor`, in normalised units, to the valid samples."""
-    return (signal + factor * torch.randn_like(signal)) * valid_positions(lengths, signal.shape[1]), lengths
+    noisy = signal + factor * torch.randn_like(signal)
+    return noisy.where(valid_positions(lengths, signal.shape[1]), 0), lengths
 
 
 def drop_points(signal, lengths, low=0.25, high=0.38):
@@ -44,17 +45,19 @@ def shuffle(signal, lengths, segments=8):
     segment = (position * segments // lengths[:, None]).clamp(max=segments)  # padding: one more segment, kept last
     rank = torch.rand(rows, segments, device=signal.device).argsort(1)
     rank = F.pad(rank, (0, 1), value=segments)
-    return signal.gather(1, rank.gather(1, segment).argsort(1, stable=True)), lengths
+    moved = signal.gather(1, rank.gather(1, segment).argsort(dim=1, stable=True))
+    return moved.where(valid_positions(lengths, width), 0), lengths
 
 
 def moving_average(signal, lengths, width=7):
     """Replaces each sample by the mean of the valid ones among the `width` around it."""
-    valid = valid_positions(lengths, signal.shape[1]).to(signal.dtype)
+    valid = valid_positions(lengths, signal.shape[1])
+    signal, valid = signal.where(valid, 0), valid.to(signal.dtype)
 
     def window(x):
         return F.avg_pool1d(x[:, None], width, stride=1, padding=width // 2)[:, 0]
 
-    return window(signal * valid) / window(valid).clamp(min=1e-6) * valid, lengths
+    return window(signal) / window(valid).clamp(min=1e-6) * valid, lengths
 
 
 def random_crop(signal, lengths, smallest=0.5):
@@ -74,14 +77,14 @@ def flip_time(signal, lengths):
     """Turns a random half of the rows end to end."""
     flipped = (lengths[:, None] - 1 - torch.arange(signal.shape[1], device=signal.device)).clamp(min=0)
     chosen = torch.rand(len(signal), 1, device=signal.device) < 0.5
-    turned = signal.gather(1, flipped) * valid_positions(lengths, signal.shape[1])
-    return torch.where(chosen, turned, signal), lengths
+    turned = torch.where(chosen, signal.gather(1, flipped), signal)
+    return turned.where(valid_positions(lengths, signal.shape[1]), 0), lengths
 
 
 def flip_current(signal, lengths):
     """Changes the sign of a random half of the rows."""
     sign = 1 - 2 * (torch.rand(len(signal), 1, device=signal.device) < 0.5).to(signal.dtype)
-    return signal * sign, lengths
+    return (signal * sign).where(valid_positions(lengths, signal.shape[1]), 0), lengths
 
 
 EXTRA = {

@@ -172,10 +172,12 @@ def normalised(raw):
     shift, scale = med_mad(current)
     if not (np.isfinite(shift) and np.isfinite(scale)):
         return "not finite"
-    if scale == 0:
+    if low == high:
         return "constant"
     if max((raw.dacs == low).mean(), (raw.dacs == high).mean()) > SATURATED:
         return "saturated"
+    if scale == 0:
+        return "constant"
     signal = ((current - shift) / scale).astype(np.float16)
     return (signal, shift, scale) if np.isfinite(signal).all() else "not finite"
 
@@ -215,6 +217,7 @@ def written_whole(folder, advice):
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+        shutil.rmtree(part, ignore_errors=True)  # of a killed process that had this number
         part.mkdir()
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); {advice}") from error
@@ -247,7 +250,7 @@ class StoreWriter:
         self.base_starts = NpyWriter(folder / "base_starts.npy", np.int32)
 
     def add(self, read_id, signal, bases=(), base_starts=(), sample_rate=0, shift=0, scale=1, whole=False, split=-1):
-        row = (read_id, self.signal.rows, len(signal), sample_rate, shift, scale)
+        row = (read_id.encode(), self.signal.rows, len(signal), sample_rate, shift, scale)
         self.reads.append((*row, self.bases.rows, len(bases), whole, split))
         self.signal.append(signal)
         self.bases.append(bases)
@@ -299,11 +302,13 @@ def raw_files(path):
     """The raw files at `path`: itself, or those in the folder and below it."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if is_store(path):
+        raise InputError(f"{path}: a read store already; give it to --data, or add --bonito to write arrays of it")
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise InputError(f"{path}: not a name this reads ({', '.join(SUFFIXES)}, or a folder)")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise InputError(f"{path}: no {', '.join(SUFFIXES)} file, Bonito chunks.npy or read store in this folder")
     return files
@@ -364,7 +369,7 @@ def _add_bonito(store, path):
                 store.left_out["not finite" if len(bases) == 0 or bases.min() > 0 else "corrupt: base 0"] += 1
                 continue
             starts = np.zeros(len(bases))
-            store.add(f"{folder.name}-{i}", chunks[i], bases, starts, whole=True, split=split)
+            store.add(f"chunk-{i}", chunks[i], bases, starts, whole=True, split=split)
 
 
 class ReadStore:
@@ -524,5 +529,5 @@ class Chunks:
 
 def needed_frames(targets, target_lengths):
     """Time steps that CTC needs to spell each row of targets (N, S): a blank stands between equal neighbours."""
-    inside = torch.arange(1, targets.shape[1], device=targets.device) < target_lengths[:, None]
+    inside = torch.arange(targets.shape[1], device=targets.device)[1:] < target_lengths[:, None]
     return target_lengths + ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)

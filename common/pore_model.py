@@ -5,11 +5,11 @@ row, what it would compute for that row alone: padding is set to zero after ever
 positions only, and attention does not see padded keys. Shapes: N chunks, L samples, T frames, C channels.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import InputError
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
@@ -17,7 +17,7 @@ STRIDES = (2, 2, 2, 1)
 SIZES = {
     "thesis": {"channels": 512, "layers": 10, "feed_forward": 2048},
     "small": {"channels": 256, "layers": 4, "feed_forward": 1024},
-    "tiny": {"channels": 128, "layers": 2, "feed_forward": 256},
+    "tiny": {"channels": 128, "layers": 3, "feed_forward": 128},
 }
 
 
@@ -42,7 +42,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     def forward(self, x, mask=None):
         if mask is None or not self.training:
             return super().forward(x)
-        x = x.float()
+        x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))  # bfloat16 sums would be too coarse
         count = mask.sum()
         mean = x.sum((0, 2)) / count
         var = (x.square().sum((0, 2)) / count - mean.square()).clamp(min=0)
@@ -98,6 +98,8 @@ class TransformerLayer(nn.Module):
 
     torch's own nn.TransformerEncoderLayer drops attention weights too, which forbids the fused attention kernels: on
     two CPU cores a step of the tiny model then takes twice as long.
+
+    Positions enter here, as rotations of queries and keys: see rotations().
     """
 
     def __init__(self, channels, feed_forward, dropout):
@@ -110,17 +112,18 @@ class TransformerLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None):
-        """x (N, T, C), mask (N, 1, 1, T) bool of the keys to attend to, or None for all -> (N, T, C)."""
+    def forward(self, x, rotation, mask=None):
+        """x (N, T, C), rotations(T), mask (N, 1, 1, T) bool of the keys to attend to, or None for all -> (N, T, C)."""
         heads = (x.shape[2] // HEAD_WIDTH, HEAD_WIDTH)
         query, key, value = self.query_key_value(self.norm1(x)).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)
+        query, key = rotated(query, rotation), rotated(key, rotation)
         attended = F.scaled_dot_product_attention(query, key, value, mask)  # (N, heads, T, 64)
         x = x + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
 class PoreModel(nn.Module):
-    """Raw current to contextual features: FeatureEncoder, sinusoidal positions, pre-norm transformer."""
+    """Raw current to contextual features: FeatureEncoder, then a pre-norm transformer with rotary positions."""
 
     def __init__(self, channels, layers, feed_forward, dropout=0.1):
         super().__init__()
@@ -145,7 +148,8 @@ class PoreModel(nn.Module):
             model = cls(channels, layers, feed_forward, dropout)
             model.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"these are not a pore model's weights ({type(error).__name__}: {error})") from error
+            reason = " ".join(str(error).split())[:200]  # torch's has several lines
+            raise ValueError(f"these are not a pore model's weights ({type(error).__name__}: {reason})") from error
         return model
 
     def forward(self, signal, lengths=None):
@@ -163,19 +167,33 @@ class PoreModel(nn.Module):
 
     def contextualise(self, frames, lengths=None):
         """The transformer on the encoder's frames (N, T, C), lengths (N,) or None -> context (N, T, C)."""
-        x = self.dropout(frames + sinusoidal_positions(frames.shape[1], self.channels, frames.device))
+        x = self.dropout(frames)
+        rotation = rotations(frames.shape[1], frames.device)
         valid = None if lengths is None else valid_positions(lengths, frames.shape[1])
         for layer in self.layers:
-            x = layer(x, None if valid is None else valid[:, None, None])
+            x = layer(x, rotation, None if valid is None else valid[:, None, None])
         x = self.norm(x)
         return x if valid is None else x * valid[:, :, None]
 
 
-def sinusoidal_positions(frames, channels, device):
-    """(T, C): sines and cosines at wavelengths of 2 pi to 20000 pi frames (Vaswani et al. 2017, section 3.5)."""
-    rate = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10000.0) / channels))
+def rotations(frames, device):
+    """Cosines and sines, each (T, 32), that turn pairs of query and key features by an angle that grows with the frame.
+
+    Rotary positions (Su et al. 2021, "RoFormer", eq. 34): after them, the product of a query and a key depends on how
+    far apart they stand and not on where the chunk was cut. Like the sinusoids added to the input that the thesis has,
+    they have no parameters and no longest chunk; they train a tiny basecaller faster (docs/results.md). Wavelengths
+    are 2 pi to 20000 pi frames.
+    """
+    rate = 10000.0 ** -(torch.arange(0, HEAD_WIDTH, 2, device=device) / HEAD_WIDTH)
     angle = torch.arange(frames, device=device)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+    return angle.cos(), angle.sin()
+
+
+def rotated(x, rotation):
+    """x (N, heads, T, 64) with features i and i + 32 of each frame turned by the frame's i-th angle."""
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class RepresentationHead(nn.Module):
@@ -188,6 +206,8 @@ class RepresentationHead(nn.Module):
     def __init__(self, channels, chunk_len, representation):
         super().__init__()
         self.frames = frames_of(chunk_len)
+        if self.frames < 4:
+            raise InputError(f"--chunk-len {chunk_len}: too short for the head, which needs 25 samples")
         self.conv = ConvBlock(channels, channels // 8, 7, 1, F.relu)
         self.pool = nn.MaxPool1d(4, 4)
         self.project = nn.Sequential(

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def _one_line(kind, error, traceback):
 def _read_args(run, args_class):
     try:
         saved = json.loads((run / "args.json").read_text())
+        if not isinstance(saved, dict) or "data" not in saved:
+            raise ValueError("it holds no arguments")
     except (OSError, ValueError) as error:
         raise InputError(f"--resume {run}: no run folder with an args.json ({error})") from error
     unknown = saved.keys() - {field.name for field in dataclasses.fields(args_class)}
@@ -66,12 +69,16 @@ def _read_args(run, args_class):
 def check_args(args):
     """InputError, naming the argument, if a value cannot be meant."""
     rules = {
-        "at least 1": (("chunk_len", "batch_size", "epochs", "max_steps", "checkpoint_every"), lambda x: x >= 1),
+        "at least 1": (
+            ("chunk_len", "batch_size", "epochs", "max_steps", "checkpoint_every", "representation"),
+            lambda x: x >= 1,
+        ),
         "above 0": (("lr", "pore_model_lr", "lambd"), lambda x: 0 < x < math.inf),
         "0 or more": (
             ("seed", "noise_factor", "warmup_steps", "freeze_steps", "gain_jitter", "offset_jitter", "noise_jitter"),
             lambda x: 0 <= x < math.inf,
         ),
+        "0 or more and below 1": (("dropout",), lambda x: 0 <= x < 1),
         "above 0 and at most 1": (("label_fraction",), lambda x: 0 < x <= 1),
         "LOW HIGH with 0 <= LOW <= HIGH < 1": (("drop_chance",), lambda x: 0 <= x[0] <= x[1] < 1),
     }
@@ -123,7 +130,8 @@ def save_whole(state, path):
 def load_tensors(path, device="cpu"):
     """What torch.save wrote to `path`, read without executing anything. InputError if it is no such file."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
@@ -161,7 +169,10 @@ class Run:
         """The last checkpoint's state on `device`; the log is cut back to it."""
         state = load_tensors(self.folder / "checkpoint.pt", device)
         log = self.folder / "metrics.jsonl"
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
+        kept = []
+        for line in log.read_text().splitlines() if log.exists() else []:
+            with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                kept += [line] if json.loads(line)["step"] <= state["step"] else []
         log.write_text("".join(line + "\n" for line in kept))
         print(f"going on after step {state['step']}")
         return state

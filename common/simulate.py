@@ -6,6 +6,8 @@ Written as mapped-signal HDF5, so that simulated and real reads take one path. T
 92 real E. coli R9.4 reads (489 001 bases, test reads of hasindu2008/f5c), in normalised (med-mad) units.
 """
 
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ import h5py
 import numpy as np
 import tyro
 from tqdm import tqdm
+
+from common import InputError
 
 # z-scored current of a 6-mer = the sum of four entries, one for each of its trinucleotides, by position (columns 0-3).
 # A least-squares fit to Oxford Nanopore's public R9.4 6-mer table: it explains 99.8 % of the variance of 4096 entries.
@@ -125,9 +129,10 @@ def simulate_read(rng, bases, easy=False):
 def write_simulated(path, reads, mean_bases=4000, seed=0, easy=False):
     """Writes `reads` simulated reads as mapped-signal HDF5; the file depends on the arguments alone."""
     part = Path(f"{path}.part-{os.getpid()}")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    image = io.BytesIO()  # HDF5 crashes where the disk is full; a plain write is an error
     try:
-        with h5py.File(part, "w") as file:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(image, "w") as file:
             for number in tqdm(range(reads), desc=f"simulating {Path(path).name}", unit=" reads"):
                 rng = np.random.default_rng([seed, number])
                 bases = rng.integers(0, 4, max(1000, int(rng.gamma(4.0, mean_bases / 4.0))))
@@ -145,9 +150,13 @@ def write_simulated(path, reads, mean_bases=4000, seed=0, easy=False):
                     read_id=read_id, range=RANGE, offset=OFFSET, digitisation=DIGITISATION, sample_rate=SAMPLE_RATE,
                     shift_frompA=shift, scale_frompA=1.4826 * np.median(abs(current - shift)),
                 )  # fmt: skip
+        part.write_bytes(image.getbuffer())
         part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def simulated_file(folder):

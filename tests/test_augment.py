@@ -1,0 +1,264 @@
+"""Views of a chunk: what each augmentation does to the valid samples of each row, and that it does nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.augment import (
+    EXTRA,
+    Views,
+    drop_points,
+    flip_current,
+    flip_time,
+    moving_average,
+    noise,
+    random_crop,
+    shuffle,
+    view,
+)
+from common.pore_model import valid_positions
+
+WIDTH, LENGTHS = 403, torch.tensor([403, 250, 97, 8, 5, 1] * 4)
+ALL = {"noise": noise, "drop-points": drop_points, **EXTRA}
+ALL |= {f"view with {name}": lambda x, n, name=name: view(x, n, extra=(name,)) for name in EXTRA}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def batch(dtype=torch.float32, padding=0.0):
+    """Every row is its own number times 1000, plus 1, 2, 3...: each sample tells its row and its place."""
+    signal = 1000.0 * torch.arange(1, len(LENGTHS) + 1)[:, None] + torch.arange(1, WIDTH + 1)
+    return signal.to(dtype).masked_fill(~valid_positions(LENGTHS, WIDTH), padding), LENGTHS
+
+
+def valid_rows(signal, lengths):
+    return [row[:length].numpy() for row, length in zip(signal, lengths, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_padding_stays_zero_and_the_input_unchanged(name):
+    signal, lengths = batch()
+    before = signal.clone()
+    out, out_lengths = ALL[name](signal, lengths)
+    assert out.shape == signal.shape
+    assert out.dtype == signal.dtype
+    assert out_lengths.dtype == torch.int64
+    assert not out[~valid_positions(out_lengths, WIDTH)].any()
+    assert torch.equal(signal, before)
+    if "drop" not in name and "view" not in name:
+        assert torch.equal(out_lengths, lengths)
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("nan")])
+@pytest.mark.parametrize("name", ALL)
+def test_garbage_in_the_padding_reaches_no_valid_sample(name, garbage):
+    signal, lengths = batch()
+    expected, expected_lengths = ALL[name](signal, lengths)
+    torch.manual_seed(0)
+    out, out_lengths = ALL[name](batch(padding=garbage)[0], lengths)
+    assert torch.equal(out_lengths, expected_lengths)
+    valid = valid_positions(out_lengths, WIDTH)
+    assert torch.equal(out[valid], expected[valid])
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("nan")])
+@pytest.mark.parametrize("name", ALL)
+def test_the_padding_comes_out_zero_whatever_went_in(name, garbage):
+    out, out_lengths = ALL[name](*batch(padding=garbage))
+    assert (out[~valid_positions(out_lengths, WIDTH)] == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"moving-average"}))
+def test_the_seed_alone_decides(name):
+    signal, lengths = batch()
+    first = ALL[name](signal, lengths)
+    assert not torch.equal(first[0], ALL[name](signal, lengths)[0])
+    torch.manual_seed(0)
+    again = ALL[name](signal, lengths)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 1.5])
+def test_noise_is_white_and_of_the_given_sd(factor):
+    signal, lengths = torch.randn(64, 3600), torch.tensor([3600, 1800] * 32)
+    signal *= valid_positions(lengths, 3600)
+    out, _ = noise(signal, lengths, factor)
+    added = (out - signal)[valid_positions(lengths, 3600)].double()  # 172 800 samples
+    assert abs(added.mean()) <= 5 * factor / len(added) ** 0.5
+    assert added.std() == pytest.approx(factor, rel=0.01)
+    assert abs(added[1:] @ added[:-1]) <= 5 * factor**2 * len(added) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ drop-point
+
+
+def test_drop_points_keeps_a_subsequence_of_its_own_row_moved_together():
+    signal, lengths = batch()
+    out, out_lengths = drop_points(signal, lengths)
+    rows = zip(valid_rows(signal, lengths), valid_rows(out, out_lengths), strict=True)
+    for before, after in rows:
+        if len(before) == 1 and not after[0]:
+            continue  # its only sample was dropped
+        assert (np.diff(after) > 0).all()  # in order, none twice, no gap
+        assert np.isin(after, before).all()
+        assert len(before) < 50 or len(after) < len(before)
+
+
+def test_drop_points_draws_a_chance_for_each_row_from_the_given_range():
+    """Share kept: 1 - U(0.25, 0.38), plus the binomial scatter of 4000 independent draws."""
+    lengths = torch.tensor([4000, 2000] * 200)
+    signal = torch.ones(400, 4000)
+    shares = [(drop_points(signal, lengths)[1] / lengths).double() for _ in range(2)]
+    scatter = (0.685 * 0.315 / 2000) ** 0.5  # of the shorter rows
+    for share in shares:
+        assert share.min() > 0.62 - 4 * scatter
+        assert share.max() < 0.75 + 4 * scatter
+        assert share.mean() == pytest.approx(0.685, abs=4 * 0.0375 / 20)
+        quantiles = share.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        assert quantiles == pytest.approx([0.633, 0.685, 0.737], abs=0.015)
+    assert abs(np.corrcoef(*shares)[0, 1]) < 0.2  # another chance in another view
+
+
+def test_drop_points_drops_each_sample_independently():
+    """Distances of kept samples are geometric, and no place in the row is preferred."""
+    signal = torch.arange(1.0, 4001).expand(100, -1)
+    out, lengths = drop_points(signal, torch.full((100,), 4000), 0.3, 0.3)
+    distances = np.concatenate([np.diff(row) for row in valid_rows(out, lengths)])
+    shares = np.bincount(distances.astype(int), minlength=5)[1:5] / len(distances)
+    np.testing.assert_allclose(shares, [0.7, 0.21, 0.063, 0.0189], atol=0.005)
+    kept = np.bincount(np.concatenate(valid_rows(out, lengths)).astype(int), minlength=4001)[1:]
+    np.testing.assert_allclose(kept.reshape(10, 400).mean(1), 70, atol=5 * (21 / 400) ** 0.5)
+
+
+def test_drop_points_at_the_ends_of_the_range():
+    signal, lengths = batch()
+    out, out_lengths = drop_points(signal, lengths, 0.0, 0.0)
+    assert torch.equal(out, signal)
+    assert torch.equal(out_lengths, lengths)
+    out, out_lengths = drop_points(signal, lengths, 1.0, 1.0)  # a row keeps a length of 1: no method divides by zero
+    assert not out.any()
+    assert (out_lengths == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------ views
+
+
+def test_a_view_is_noise_then_drop_point_and_two_views_differ():
+    signal, lengths = batch()
+    view1, view2 = view(signal, lengths), view(signal, lengths)
+    assert isinstance(view1, Views)
+    assert not torch.equal(view1.signal, view2.signal)
+    assert not torch.equal(view1.lengths, view2.lengths)
+    torch.manual_seed(0)
+    expected = drop_points(*noise(signal, lengths))
+    assert torch.equal(view1.signal, expected[0])
+    assert torch.equal(view1.lengths, expected[1])
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_an_extra_comes_before_noise_and_drop_point(name):
+    signal, lengths = batch()
+    found = view(signal, lengths, 0.5, (0.1, 0.2), extra=(name,))
+    torch.manual_seed(0)
+    expected = drop_points(*noise(*EXTRA[name](signal, lengths), 0.5), 0.1, 0.2)
+    assert torch.equal(found.signal, expected[0])
+
+
+# ------------------------------------------------------------------------------------------------ the five extras
+
+
+def test_shuffle_puts_the_eight_segments_of_each_row_in_a_random_order():
+    signal, lengths = batch()
+    out, _ = shuffle(signal, lengths)
+    for before, after in zip(valid_rows(signal, lengths), valid_rows(out, lengths), strict=True):
+        bounds = [-(-k * len(before) // 8) for k in range(9)]
+        segments = {s[0]: s for s in np.split(before, bounds[1:-1]) if len(s)}
+        assert len(before) < 8 or {len(s) for s in segments.values()} <= {len(before) // 8, len(before) // 8 + 1}
+        start = 0
+        while start < len(after):  # take the segment that begins here; each is there once
+            segment = segments.pop(after[start])
+            np.testing.assert_array_equal(after[start : start + len(segment)], segment)
+            start += len(segment)
+        assert not segments
+
+
+def test_shuffle_puts_each_segment_in_each_place_equally_often():
+    signal = torch.arange(8.0).repeat(4000, 1)
+    out, _ = shuffle(signal, torch.full((4000,), 8))
+    counts = torch.stack([(out == k).sum(0) for k in range(8)])
+    assert (counts - 500).abs().max() < 5 * (4000 / 8 * 7 / 8) ** 0.5
+    assert len(out.unique(dim=0)) > 3500  # an order for each row, out of 40 320
+
+
+def test_moving_average_is_the_mean_of_the_valid_samples_within_three():
+    signal, lengths = batch(torch.float64)
+    out, _ = moving_average(signal, lengths)
+    for before, after in zip(valid_rows(signal, lengths), valid_rows(out, lengths), strict=True):
+        expected = [before[max(0, i - 3) : i + 4].mean() for i in range(len(before))]
+        np.testing.assert_allclose(after, expected, rtol=1e-12)
+
+
+def test_random_crop_stretches_a_part_of_half_to_all_of_the_row():
+    """A ramp 0, 1, 2... stays a ramp; its ends tell what was cut."""
+    lengths = torch.tensor([3600, 40] * 200)
+    ramp = torch.arange(3600.0).double().expand(400, -1) * valid_positions(lengths, 3600)
+    out, _ = random_crop(ramp, lengths)
+    last = (lengths - 1).double()
+    first, end = out[:, 0], out.gather(1, lengths[:, None] - 1)[:, 0]
+    expected = first[:, None] + ((end - first) / last)[:, None] * torch.arange(3600)
+    torch.testing.assert_close(out, expected * valid_positions(lengths, 3600), rtol=0, atol=2e-3)
+    part = (end - first) / last
+    assert (first >= 0).all()
+    assert (end <= last).all()
+    assert part.min() >= 0.5 - 1e-6
+    assert part.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist() == pytest.approx(
+        [0.55, 0.75, 0.95], abs=0.05
+    )
+    place = first / (last * (1 - part))  # uniform: 0 is the earliest that fits, 1 the latest
+    assert place.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist() == pytest.approx(
+        [0.1, 0.5, 0.9], abs=0.1
+    )
+
+
+def test_random_crop_interpolates_as_numpy_does():
+    signal, lengths = torch.randn(len(LENGTHS), WIDTH, dtype=torch.float64), LENGTHS
+    ramp = torch.arange(WIDTH).double().expand_as(signal)
+    torch.manual_seed(1)
+    places, _ = random_crop(ramp, lengths)
+    torch.manual_seed(1)
+    out, _ = random_crop(signal, lengths)
+    for before, place, after in zip(*(valid_rows(x, lengths) for x in (signal, places, out)), strict=True):
+        np.testing.assert_allclose(after, np.interp(place, np.arange(len(before)), before), atol=1e-6)
+
+
+def test_random_crop_of_all_is_the_row_itself():
+    signal, lengths = batch(torch.float64)
+    torch.testing.assert_close(random_crop(signal, lengths, smallest=1.0)[0], signal)
+
+
+@pytest.mark.parametrize(
+    ("flip", "reference"), [(flip_time, np.flip), (flip_current, np.negative)], ids=["time", "current"]
+)
+def test_a_flip_turns_half_of_the_rows_and_undoes_itself(flip, reference):
+    lengths = torch.tensor([50, 37] * 1000)
+    signal = torch.randn(2000, 50) * valid_positions(lengths, 50)
+    torch.manual_seed(1)
+    out, _ = flip(signal, lengths)
+    turned = 0
+    for before, after in zip(valid_rows(signal, lengths), valid_rows(out, lengths), strict=True):
+        if not np.array_equal(after, before):
+            np.testing.assert_array_equal(after, reference(before))
+            turned += 1
+    assert abs(turned - 1000) < 5 * 500**0.5
+    torch.manual_seed(1)
+    assert torch.equal(flip(out, lengths)[0], signal)

@@ -1,0 +1,365 @@
+"""The pore model computes for a padded row what torch's plain layers compute for that row alone."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.pore_model import (
+    SIZES,
+    FeatureEncoder,
+    MaskedBatchNorm1d,
+    PoreModel,
+    RepresentationHead,
+    TransformerLayer,
+    frames_of,
+    rotated,
+    rotations,
+    valid_positions,
+)
+
+WIDTH, LENGTHS = 93, [93, 64, 31, 7]  # odd and even, one row full, one of a single frame; the width is no multiple of 8
+REPRESENTATION = 16
+
+
+def models(training, dtype=torch.float64, chunk_len=WIDTH):
+    """A tiny pore model and a head; no parameter or buffer is left where an error in its use would not show."""
+    torch.manual_seed(0)
+    model = PoreModel.of_size("tiny", dropout=0.0)
+    head = RepresentationHead(model.channels, chunk_len, REPRESENTATION)
+    for module in (*model.modules(), *head.modules()):
+        if isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return model.to(dtype).train(training), head.to(dtype).train(training)
+
+
+def batch(lengths, dtype=torch.float64, width=WIDTH, garbage=0.0):
+    """A signal with `garbage` at the padding, and the lengths."""
+    lengths = torch.tensor(lengths)
+    signal = torch.randn(len(lengths), width, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return signal.masked_fill(~valid_positions(lengths, width), garbage), lengths
+
+
+def loss_of(context, r):
+    """A number that depends on every entry of both, with weights that no normalisation cancels."""
+    return (r * torch.arange(r.numel()).sin().view_as(r)).sum() + (
+        context * torch.arange(context.numel()).cos().view_as(context)
+    ).sum()
+
+
+def gradients(*modules):
+    return {(i, name): p.grad for i, module in enumerate(modules) for name, p in module.named_parameters()}
+
+
+def buffers(*modules):
+    return {(i, name): b for i, module in enumerate(modules) for name, b in module.named_buffers()}
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ----------------------------------------------------------------------------- references without padding or a mask
+
+
+def plain_block(block, rows, stride, padding, activation):
+    """Rows [(C, T_row)] through conv, BatchNorm over the frames of all rows, and the activation."""
+    rows = [F.conv1d(row, block.conv.weight, None, stride, padding) for row in rows]
+    normed = nn.BatchNorm1d.forward(block.norm, torch.cat(rows, 1).T).T  # torch's own, with this block's weights
+    return [activation(row) for row in normed.split([row.shape[1] for row in rows], 1)]
+
+
+def plain_layer(layer, x):
+    """A transformer layer on one row x (T, C): features as complex numbers, positions as turns of them."""
+    angle = torch.arange(len(x))[:, None] * 10000.0 ** -(torch.arange(32) / 32)
+    y, turn = layer.norm1(x), torch.complex(angle.cos(), angle.sin())
+    heads = []
+    for query, key, value in zip(*(part.split(64, 1) for part in layer.query_key_value(y).chunk(3, 1)), strict=True):
+        query, key = (torch.complex(*z.chunk(2, 1)) * turn for z in (query, key))
+        heads.append(((query @ key.conj().T).real / 8).softmax(1) @ value)
+    x = x + layer.output(torch.cat(heads, 1))
+    return x + layer.feed_forward(layer.norm2(x))
+
+
+def plain(model, head, rows):
+    """Context [(T_row, C)] and representations (N, R) of signals [(L_row,)], each of its own length."""
+    rows = [row[None] for row in rows]
+    for block, stride in zip(model.encoder.blocks, (2, 2, 2, 1), strict=True):
+        rows = plain_block(block, rows, stride, 1, F.gelu)
+    context = []
+    for row in rows:
+        x = row.T
+        for layer in model.layers:
+            x = plain_layer(layer, x)
+        context.append(model.norm(x))
+    pooled = plain_block(head.conv, [x.T for x in context], 1, 3, F.relu)
+    pooled = [F.max_pool1d(F.pad(x, (0, head.frames - x.shape[1])), 4).flatten() for x in pooled]
+    return context, head.project(torch.stack(pooled))
+
+
+def torch_layer(layer):
+    """torch's own pre-norm transformer layer with the weights of `layer`."""
+    channels, feed_forward = layer.output.in_features, layer.feed_forward[0].out_features
+    theirs = nn.TransformerEncoderLayer(
+        channels, channels // 64, feed_forward, 0.0, "gelu", batch_first=True, norm_first=True, dtype=torch.float64
+    )
+    names = {
+        "query_key_value.": "self_attn.in_proj_",
+        "output.": "self_attn.out_proj.",
+        "feed_forward.0.": "linear1.",
+        "feed_forward.2.": "linear2.",
+    }
+    state = layer.state_dict()
+    for ours, name in names.items():
+        state = {key.replace(ours, name): value for key, value in state.items()}
+    theirs.load_state_dict(state)
+    return theirs
+
+
+# -------------------------------------------------------------------------------------------------------- masking
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [93, 93, 93], [50, 31, 17]], ids=["mixed", "full", "none full"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_a_padded_batch_equals_its_rows_without_padding(training, lengths):
+    """Outputs, gradients and running statistics; in training BatchNorm is over the valid frames of all rows."""
+    model, head = models(training)
+    plain_model, plain_head = copy.deepcopy((model, head))
+    signal, lengths = batch(lengths)
+    context, frame_lengths = model(signal, lengths)
+    r = head(context, frame_lengths)
+    loss_of(context, r).backward()
+
+    rows, plain_r = plain(plain_model, plain_head, [row[:length] for row, length in zip(signal, lengths, strict=True)])
+    plain_context = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    loss_of(plain_context, plain_r).backward()
+    assert frame_lengths.tolist() == [len(row) for row in rows]
+    torch.testing.assert_close(context, plain_context)
+    torch.testing.assert_close(r, plain_r)
+    assert_same(gradients(model, head), gradients(plain_model, plain_head), rtol=1e-6, atol=1e-8)
+    assert_same(buffers(model, head), buffers(plain_model, plain_head))
+
+
+@torch.no_grad()
+def test_in_eval_each_row_alone_gives_what_the_padded_batch_gives():
+    model, head = models(training=False)
+    signal, lengths = batch(LENGTHS)
+    context, frame_lengths = model(signal, lengths)
+    r = head(context, frame_lengths)
+    for row, length in enumerate(LENGTHS):
+        alone, frames = model(signal[row : row + 1, :length])
+        assert frames.tolist() == [frame_lengths[row]] == [frames_of(length)]
+        torch.testing.assert_close(context[row, : frames[0]], alone[0])
+        assert not context[row, frames[0] :].any()
+        torch.testing.assert_close(r[row], head(alone, frames)[0])
+        torch.testing.assert_close(r[row], head(alone)[0])
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("inf"), float("nan")])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_garbage_in_the_padding_changes_no_bit(training, garbage):
+    """Neither of the outputs, the loss, the gradients nor the running statistics; the padding's gradient is zero."""
+    results = []
+    for filling in (0.0, garbage):
+        model, head = models(training, torch.float32)
+        signal, lengths = batch(LENGTHS, torch.float32, garbage=filling)
+        signal.requires_grad_()
+        context, frame_lengths = model(signal, lengths)
+        r = head(context, frame_lengths)
+        loss = loss_of(context, r)
+        loss.backward()
+        valid = valid_positions(lengths, WIDTH)
+        assert signal.grad[valid].all()
+        assert (signal.grad[~valid] == 0).all()
+        results.append(
+            {"context": context, "r": r, "loss": loss, "signal": signal.grad}
+            | gradients(model, head)
+            | buffers(model, head)
+        )
+    assert_same(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_the_head_ignores_the_padding_of_the_context(training):
+    _, head = models(training, torch.float32)
+    frame_lengths = torch.tensor([12, 8, 4, 1])
+    context = torch.randn(4, 12, 128)
+    padding = ~valid_positions(frame_lengths, 12)[:, :, None]
+    expected = copy.deepcopy(head)(context.masked_fill(padding, 0.0), frame_lengths)
+    context = context.masked_fill(padding, 1e6).requires_grad_()
+    r = head(context, frame_lengths)
+    r.square().sum().backward()
+    torch.testing.assert_close(r, expected, rtol=0, atol=0)
+    assert not context.grad.masked_select(padding).any()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_full_lengths_none_and_torchs_own_layers_agree(training):
+    model, head = models(training)
+    signal, lengths = batch([WIDTH] * 4)
+    encoder = nn.Sequential()
+    for block, stride in zip(model.encoder.blocks, (2, 2, 2, 1), strict=True):
+        channels, inputs, _ = block.conv.weight.shape
+        encoder.extend([nn.Conv1d(inputs, channels, 3, stride, 1, bias=False), nn.BatchNorm1d(channels), nn.GELU()])
+    encoder.double().train(training).load_state_dict(
+        dict(zip(encoder.state_dict(), model.encoder.state_dict().values(), strict=True))
+    )
+    x = encoder(signal[:, None]).transpose(1, 2)
+    for layer in model.layers:
+        x = torch.stack([plain_layer(layer, row) for row in x])
+    expected = F.layer_norm(x, (128,), model.norm.weight, model.norm.bias)
+    for given in (None, lengths):
+        context, frame_lengths = copy.deepcopy(model)(signal, given)
+        assert frame_lengths.tolist() == [12] * 4
+        torch.testing.assert_close(context, expected)
+    torch.testing.assert_close(head(context, None), copy.deepcopy(models(training)[1])(context, frame_lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_batch_norm_equals_batch_norm_of_the_valid_frames(dtype):
+    """Outputs, gradients and running statistics over two steps, of channels with a mean of 3 standard deviations."""
+    torch.manual_seed(0)
+    ours, theirs = MaskedBatchNorm1d(5).to(dtype), nn.BatchNorm1d(5).to(dtype)
+    for norm in (ours, theirs):
+        nn.init.constant_(norm.bias, 0.7)
+    mask = valid_positions(torch.tensor([9, 4, 1]), 9)[:, None]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    for _ in range(2):
+        x = (6 + 2 * torch.randn(3, 5, 9, dtype=dtype)).requires_grad_()
+        found = ours(x * mask, mask).transpose(1, 2)[mask[:, 0]]
+        expected = theirs(x.transpose(1, 2)[mask[:, 0]])
+        torch.testing.assert_close(found, expected, **tolerance)
+        weights = torch.randn_like(found)
+        grads = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+        torch.testing.assert_close(*grads, **tolerance)
+    assert_same(ours.state_dict(), theirs.state_dict(), **tolerance)
+    assert ours.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_transformer_layer_without_positions_equals_torchs_own(masked):
+    torch.manual_seed(0)
+    ours = TransformerLayer(192, 80, dropout=0.0).double()
+    for norm in (ours.norm1, ours.norm2):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(3, 11, 192, dtype=torch.float64)
+    valid = valid_positions(torch.tensor([11, 6, 1] if masked else [11, 11, 11]), 11)
+    still = torch.ones(11, 32), torch.zeros(11, 32)
+    found = ours(x, still, valid[:, None, None] if masked else None)
+    expected = torch_layer(ours)(x, src_key_padding_mask=~valid if masked else None)
+    torch.testing.assert_close(found[valid], expected[valid])
+
+
+def test_dropout_acts_in_training_only():
+    model, _ = models(training=True, dtype=torch.float32)
+    model = PoreModel.from_state_dict(model.state_dict(), dropout=0.1)
+    signal, lengths = batch(LENGTHS, torch.float32)
+    assert not torch.equal(model(signal, lengths)[0], model(signal, lengths)[0])
+    model.eval()
+    assert torch.equal(model(signal, lengths)[0], model(signal, lengths)[0])
+
+
+# --------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_frames_of_is_the_number_of_frames_the_encoder_makes():
+    encoder = FeatureEncoder(8).eval()
+    lengths = [*range(1, 70), 3600]
+    assert [frames_of(length) for length in lengths] == [encoder(torch.zeros(1, n))[0].shape[1] for n in lengths]
+    assert frames_of(torch.tensor(lengths)).tolist() == [-(-length // 8) for length in lengths]
+    assert frames_of(3600) == 450
+
+
+@pytest.mark.parametrize("frame", [10, 11])
+def test_a_frame_of_the_encoder_sees_31_samples_around_its_eighth(frame):
+    torch.manual_seed(0)
+    signal = torch.randn(1, 200, dtype=torch.float64, requires_grad=True)
+    FeatureEncoder(64).double().eval()(signal)[0][0, frame].sum().backward()
+    assert signal.grad[0].nonzero().flatten().tolist() == list(range(8 * frame - 15, 8 * frame + 16))
+
+
+@pytest.mark.parametrize("chunk_len", [25, 77, 93, 96, 100])
+def test_the_head_takes_chunks_of_any_length_and_batches_shorter_than_the_chunk(chunk_len):
+    """Also where the length is no multiple of 8, or the frames no multiple of 4: equal to the plain layers."""
+    model, head = models(False, chunk_len=chunk_len)
+    for longest in (chunk_len, chunk_len - 11):
+        signal, lengths = batch([longest, longest - 10], width=chunk_len)
+        r = head(*model(signal, lengths))
+        assert r.shape == (2, REPRESENTATION)
+        torch.testing.assert_close(r, plain(model, head, [x[:n] for x, n in zip(signal, lengths, strict=True)])[1])
+
+
+def test_attention_sees_how_far_apart_frames_are_and_not_where_they_stand():
+    """Scores of queries and keys depend on their distance alone, and do depend on it."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 64).expand(2, 1, 1, 40, 64)
+    rotation = rotations(40, "cpu")
+    scores = (rotated(query, rotation) @ rotated(key, rotation).mT)[0, 0]  # (40, 40) of equal queries and equal keys
+    for distance in (-7, 0, 5):
+        torch.testing.assert_close(scores.diagonal(distance), scores.diagonal(distance)[:1].expand(40 - abs(distance)))
+    assert scores[0].std() > 0.1
+    torch.testing.assert_close(scores.diagonal(), (query * key).sum(-1)[0, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "fewest", "most"), [("thesis", 31e6, 33e6), ("small", 2e6, 5e6), ("tiny", 0.25e6, 0.35e6)]
+)
+def test_a_saved_state_dict_rebuilds_every_size(size, fewest, most):
+    torch.manual_seed(0)
+    model = PoreModel.of_size(size)
+    assert fewest < sum(p.numel() for p in model.parameters()) < most
+    signal, lengths = batch([93, 40], torch.float32)
+    model(signal, lengths)  # moves the running statistics, which have to be in the file
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    rebuilt = PoreModel.from_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(rebuilt.eval()(signal, lengths)[0], model.eval()(signal, lengths)[0])
+
+
+def test_the_thesis_size_is_the_thesiss():
+    model = PoreModel.of_size("thesis")
+    assert [block.conv.out_channels for block in model.encoder.blocks] == [64, 128, 256, 512]
+    assert len(model.layers) == 10
+    assert {layer.feed_forward[0].out_features for layer in model.layers} == {2048}
+    assert {layer.dropout.p for layer in model.layers} == {0.1}
+    assert all(size["channels"] % 64 == 0 for size in SIZES.values())
+
+
+def rubbish():
+    state = PoreModel.of_size("tiny").state_dict()
+    some = "layers.1.output.weight"
+    return {
+        "nothing": None,
+        "an empty dict": {},
+        "a list": [1, 2],
+        "numbers": dict.fromkeys(state, 1),
+        "another model": nn.Linear(2, 2).state_dict(),
+        "a head": RepresentationHead(128, WIDTH, 8).state_dict(),
+        "a prefix": {f"module.{key}": value for key, value in state.items()},
+        "one weight short": {key: value for key, value in state.items() if key != some},
+        "one weight too many": state | {"head.weight": torch.zeros(1)},
+        "one weight of another shape": state | {some: torch.zeros(3, 3)},
+        "a layer with no number": state | {"layers.x.weight": torch.zeros(1)},
+        "an empty encoder": state | {"encoder.blocks.3.conv.weight": torch.tensor(0.0)},
+    }
+
+
+@pytest.mark.parametrize("state", rubbish().values(), ids=rubbish().keys())
+def test_rubbish_is_refused(state):
+    with pytest.raises(ValueError):
+        PoreModel.from_state_dict(state)

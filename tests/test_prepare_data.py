@@ -1,0 +1,139 @@
+"""prepare_data.py: from the command line, on simulated reads whose bases are known."""
+
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+from common import InputError
+from common.data import Chunks, ReadStore, hash_of, open_data, prepare
+from common.run import parse_args
+
+PROJECT = Path(__file__).parents[1]
+LENGTH = 200  # samples a chunk
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """prepare_data.py with these words, in this process."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        prepare_data.main(parse_args(prepare_data.Args))
+
+    return run
+
+
+def spelled_chunks(path):
+    """{split: the bases, 1-4, of each tile of LENGTH samples}, straight from the mapped-signal HDF5."""
+    tiles = {"training": [], "validation": []}
+    with h5py.File(path) as file:
+        for read_id, read in file["Reads"].items():
+            bases, starts = read["Reference"][:] + 1, read["Ref_to_signal"][:]
+            split = "validation" if hash_of(read_id.encode()) < 0.1 * 2**64 else "training"
+            for first in range(starts[0], starts[-1] - LENGTH + 1, LENGTH):
+                inside = [b for b, s in zip(bases.tolist(), starts, strict=False) if first <= s < first + LENGTH]
+                tiles[split].append(inside)
+    return tiles
+
+
+def test_command_line_writes_a_store_and_prints_an_account(simulated, tmp_path):
+    out = tmp_path / "store"
+    words = [sys.executable, PROJECT / "prepare_data.py", simulated, "-o", out, "--chunk-len", str(LENGTH)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]  # and no cache
+    assert len(ReadStore(out).reads) == 12
+
+    tiles = spelled_chunks(simulated)
+    with h5py.File(simulated) as file:
+        reads = list(file["Reads"].values())
+        samples = sum(read["Ref_to_signal"][-1] - read["Ref_to_signal"][0] for read in reads)
+        bases = sum(len(read["Reference"]) for read in reads)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "12 labelled reads" in lines and lines[lines.index("left out") + 1] == "none"
+    assert f"training: 10 labelled reads, {len(tiles['training'])} chunks of {LENGTH}" in lines
+    assert f"validation: 2 labelled reads, {len(tiles['validation'])} chunks of {LENGTH}" in lines
+    assert f"{samples / bases:.2f} samples a base" in lines
+
+    both = tiles["training"] + tiles["validation"]
+    needed = [len(tile) + sum(a == b for a, b in pairwise(tile)) for tile in both]
+    shares = re.findall(r"([\d.]+)% of chunks cannot be spelled.*\((\d+) steps\)", done.stdout)
+    assert [int(steps) for _, steps in shares] == [LENGTH // 8, LENGTH // 4]
+    for share, steps in shares:
+        expected = 100 * np.mean([n > int(steps) for n in needed])
+        assert float(share) == pytest.approx(expected, abs=0.051)
+    assert 30 < float(shares[0][0]) < 90 and float(shares[1][0]) < 10
+
+
+@pytest.mark.parametrize("kind", ["raw", "store"])
+def test_bonito_arrays(simulated, tmp_path, command, capsys, kind):
+    """They have Bonito's layout, and training on them sees the very tiles that the reads have."""
+    store = prepare([simulated], tmp_path / "store", progress=False)
+    command(simulated if kind == "raw" else store.path, "-o", tmp_path / "arrays", "--bonito", "--chunk-len", LENGTH)
+    assert "cannot be spelled" in capsys.readouterr().out
+    expected = spelled_chunks(simulated)
+    for split, folder in (("training", tmp_path / "arrays"), ("validation", tmp_path / "arrays" / "validation")):
+        names = ("chunks", "references", "reference_lengths")
+        chunks, references, lengths = (np.load(folder / f"{name}.npy") for name in names)
+        tiles = [tile for tile in expected[split] if tile]
+        assert (chunks.dtype, references.dtype, lengths.dtype) == (np.float16, np.uint8, np.uint16)
+        assert chunks.shape == (len(tiles), LENGTH) and lengths.shape == (len(tiles),)
+        assert references.shape == (len(tiles), max(map(len, tiles)))
+        for reference, length, tile in zip(references, lengths, tiles, strict=True):
+            assert reference.tolist() == tile + [0] * (references.shape[1] - length)
+        assert np.isfinite(chunks).all() and abs(np.median(chunks)) < 0.1
+
+        (of_arrays,) = Chunks(open_data([tmp_path / "arrays"]), LENGTH, split, labelled=True).tiles(10**6)
+        (of_reads,) = Chunks([store], LENGTH, split, labelled=True).tiles(10**6)
+        spelled = of_reads.target_lengths > 0
+        assert torch.equal(of_arrays.signal, of_reads.signal[spelled])
+        assert torch.equal(of_arrays.targets, of_reads.targets[spelled])
+        assert torch.equal(of_arrays.target_lengths, of_reads.target_lengths[spelled])
+
+
+def test_a_batch_of_bonito_chunks_is_made_of_whole_chunks(simulated, tmp_path, command):
+    command(simulated, "-o", tmp_path / "arrays", "--bonito", "--chunk-len", LENGTH)
+    chunks = Chunks(open_data([tmp_path / "arrays"]), LENGTH, "training", labelled=True)
+    rows = {row.tobytes() for row in np.load(tmp_path / "arrays" / "chunks.npy").astype(np.float32)}
+    batch = chunks.batch(0, 1, 16)
+    assert all(row.numpy().tobytes() in rows for row in batch.signal) and batch.target_lengths.min() > 0
+
+
+def test_reads_shorter_than_a_chunk_and_unlabelled_ones_are_counted(simulated, tmp_path, command, capsys):
+    path = tmp_path / "reads.hdf5"
+    path.write_bytes(simulated.read_bytes())
+    with h5py.File(path, "r+") as file:
+        read = file["Reads/simulated-1-0"]
+        del read["Reference"], read["Ref_to_signal"]
+        read["Reference"], read["Ref_to_signal"] = np.zeros(0, np.int16), np.zeros(1, np.int32)
+    command(path, "-o", tmp_path / "store", "--chunk-len", 9030, "--labelled-only")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    with h5py.File(simulated) as file:
+        short = sum(r["Ref_to_signal"][-1] < 9030 for name, r in file["Reads"].items() if name != "simulated-1-0")
+    assert short > 0
+    assert {f"{11 - short} labelled reads", f"{short} shorter than 9030 samples", "1 unlabelled"} <= set(lines)
+
+
+@pytest.mark.parametrize("bonito", [(), ("--bonito",)])
+def test_an_existing_out_is_refused_and_left_alone(simulated, tmp_path, command, bonito):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(InputError, match=r"--out .*out: exists"):
+        command(simulated, "-o", tmp_path / "out", "--chunk-len", LENGTH, *bonito)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_bonito_without_labels_is_refused(tmp_path, command, shared_data):
+    with pytest.raises(InputError, match="no labelled training read"):
+        command(shared_data / "formats/multi_read_gzip.fast5", "-o", tmp_path / "out", "--bonito")
+    assert not list(tmp_path.glob("out*"))

@@ -35,7 +35,7 @@ STEPS_PER_FRAME = 2
 RECIPES = {
     "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "warmup_steps": 500, "dropout": 0.1},
     "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200, "dropout": 0.0},
-    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 50, "warmup_steps": 200, "dropout": 0.0},
+    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 30, "warmup_steps": 200, "dropout": 0.0},
 }
 
 

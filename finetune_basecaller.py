@@ -27,7 +27,17 @@ from common import InputError
 from common.data import ALPHABET, Chunks, needed_frames, open_data
 from common.metrics import identity
 from common.pore_model import PoreModel
-from common.run import LOG_EVERY, Run, autocast, load_tensors, parse_args, pick_device, seed_step, stop_if_not_finite
+from common.run import (
+    LOG_EVERY,
+    Run,
+    autocast,
+    load_tensors,
+    parse_args,
+    pick_device,
+    seed_step,
+    stop_if_not_finite,
+    warn_if_slow,
+)
 
 STEPS_PER_FRAME = 2
 
@@ -176,7 +186,7 @@ def validate(model, chunks, batch_size, device, precision):
 def start_model(args):
     """The basecaller to train, on a pore model from --weights or a new one."""
     model = PoreModel.of_size(args.size, args.dropout)
-    if args.weights:
+    if args.weights and not args.resume:
         state = load_tensors(args.weights)
         try:
             pretrained = PoreModel.from_state_dict(state, args.dropout)
@@ -212,6 +222,7 @@ def main(args):
         raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
+    warn_if_slow(device, (model.pore_model, model.head), args.chunk_len, len(chunks), views=1)
 
     run = Run(args, __file__)
     pore_model_lr = args.pore_model_lr or args.lr

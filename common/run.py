@@ -56,38 +56,35 @@ def _read_args(run, args_class):
     unknown = saved.keys() - {field.name for field in dataclasses.fields(args_class)}
     if unknown:
         raise InputError(f"--resume {run}: not a run of this script (its arguments have {', '.join(sorted(unknown))})")
-    for name in ("data", "drop_chance", "extra_augmentations"):  # JSON has no tuples
-        if name in saved:
-            saved[name] = tuple(saved[name])
-    for name in ("weights", "run_dir"):
-        if saved.get(name) is not None:
-            saved[name] = Path(saved[name])
-    saved["data"] = tuple(Path(path) for path in saved["data"])
-    return saved
+    # JSON has neither tuples nor paths
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    paths = {name: Path(saved[name]) for name in ("weights", "run_dir") if saved.get(name)}
+    return saved | paths | {"data": tuple(Path(path) for path in saved["data"])}
+
+
+COUNTED_FROM_ZERO = ("seed", "warmup_steps", "freeze_steps")
 
 
 def check_args(args):
-    """InputError, naming the argument, if a value cannot be meant."""
-    rules = {
-        "at least 1": (
-            ("chunk_len", "batch_size", "epochs", "max_steps", "checkpoint_every", "representation"),
-            lambda x: x >= 1,
-        ),
-        "above 0": (("lr", "pore_model_lr", "lambd"), lambda x: 0 < x < math.inf),
-        "0 or more": (
-            ("seed", "noise_factor", "warmup_steps", "freeze_steps", "gain_jitter", "offset_jitter", "noise_jitter"),
-            lambda x: 0 <= x < math.inf,
-        ),
-        "0 or more and below 1": (("dropout",), lambda x: 0 <= x < 1),
-        "above 0 and at most 1": (("label_fraction",), lambda x: 0 < x <= 1),
-        "LOW HIGH with 0 <= LOW <= HIGH < 1": (("drop_chance",), lambda x: 0 <= x[0] <= x[1] < 1),
-    }
-    for rule, (names, holds) in rules.items():
-        for name in names:
-            value = getattr(args, name, None)
-            if value is not None and not holds(value):
-                value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise InputError(f"--{name.replace('_', '-')} {value}: should be {rule}")
+    """InputError, naming the argument, if a value cannot be meant: no script has a use for negative numbers."""
+    for name, value in vars(args).items():
+        if name == "drop_chance":
+            rule, holds = "LOW HIGH with 0 <= LOW <= HIGH < 1", 0 <= value[0] <= value[1] < 1
+            value = f"{value[0]} {value[1]}"
+        elif name == "label_fraction":
+            rule, holds = "above 0 and at most 1", 0 < value <= 1
+        elif name == "dropout" and value is not None:
+            rule, holds = "0 or more and below 1", 0 <= value < 1
+        elif name.endswith("lr") and value is not None:
+            rule, holds = "above 0", 0 < value < math.inf
+        elif type(value) is int and name not in COUNTED_FROM_ZERO:
+            rule, holds = "at least 1", value >= 1
+        elif type(value) in (int, float):
+            rule, holds = "0 or more", 0 <= value < math.inf
+        else:
+            continue
+        if not holds:
+            raise InputError(f"--{name.replace('_', '-')} {value}: should be {rule}")
 
 
 def pick_device(name):

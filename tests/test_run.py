@@ -35,7 +35,8 @@ def test_resume_takes_the_arguments_of_the_run_unless_given_anew(tmp_path, monke
         {"drop_chance": (0.5, 1.0)},
         {"epochs": 0},
         {"max_steps": 0},
-        {"lambd": 0.0},
+        {"lambd": -1.0},
+        {"representation": 0},
         {"seed": -1},
     ],
 )

@@ -71,7 +71,7 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 100
     """steps between checkpoints"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
@@ -186,11 +186,13 @@ def main(args):
             lr = optimizer.param_groups[0]["lr"]
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         # End of logging
-        if step % steps_per_epoch == 0 or step == last:
+        if step % steps_per_epoch == 0:
             run.log(step, **{"validation/loss": validate(args, pore_model, head, validation, device)})
         if step % args.checkpoint_every == 0 or step == last:
             models = {"pore_model": pore_model.state_dict(), "head": head.state_dict()}
-            run.save("checkpoint.pt", models | {"optimizer": optimizer.state_dict(), "step": step})
+            run.checkpoint(step, **models, optimizer=optimizer.state_dict())
+    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
+        run.log(last, **{"validation/loss": validate(args, pore_model, head, validation, device)})
     run.save("pore_model.pt", pore_model.state_dict())
     print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from common.data import ALPHABET, Chunks, needed_frames, open_data
+from common.data import ALPHABET, Chunks, ctc_steps_needed, open_data
 from common.metrics import identity
 from common.pore_model import PoreModel
 from common.run import (
@@ -41,11 +41,11 @@ from common.run import (
 
 STEPS_PER_FRAME = 2
 
-# What each size trains best with here; docs/results.md has the study. An argument that is given wins.
+# Used where an argument is not given. tiny and small: docs/results.md has the study; thesis: not tried, a guess.
 RECIPES = {
-    "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "warmup_steps": 500, "dropout": 0.1},
-    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "warmup_steps": 200, "dropout": 0.0},
-    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 30, "warmup_steps": 200, "dropout": 0.0},
+    "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "dropout": 0.1},
+    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "dropout": 0.0},
+    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},
 }
 
 
@@ -70,7 +70,7 @@ class Args:
     pore_model_lr: float | None = None
     """another one for the pore model, --lr then being the head's; try a third of --lr with pretrained weights"""
     warmup_steps: int | None = None
-    """steps over which the learning rate rises from 0; from there it falls to 0 as a cosine; by size if not given"""
+    """steps over which the learning rate rises from 0, to fall as a cosine; 200 or a tenth of all if not given"""
     freeze_steps: int = 0
     """train the head alone for this many steps first; useful with pretrained weights and few labels"""
     dropout: float | None = None
@@ -127,14 +127,26 @@ class Basecaller(nn.Module):
         return F.log_softmax(scores.float(), dim=-1), lengths * STEPS_PER_FRAME
 
 
-def ctc_loss(log_probs, lengths, targets, target_lengths):
-    """log_probs (N, S, 5), lengths (N,), targets (N, B) of 1-4, target_lengths (N,) -> loss a base, {"infeasible"}."""
-    feasible = needed_frames(targets, target_lengths) <= lengths
-    per_chunk = F.ctc_loss(
+def ctc_per_base(log_probs, lengths, targets, target_lengths):
+    """CTC loss a base of each chunk, which chunks count, and which are infeasible, each (N,).
+
+    log_probs (N, S, 5), lengths (N,), targets (N, B) of 1-4, target_lengths (N,). Chunks without bases, or with more
+    than S steps can spell, do not count; their loss is 0.
+    """
+    if log_probs.device.type == "mps":  # which has no CTC
+        log_probs, lengths, targets, target_lengths = (x.cpu() for x in (log_probs, lengths, targets, target_lengths))
+    infeasible = ctc_steps_needed(targets, target_lengths) > lengths
+    counts = ~infeasible & (target_lengths > 0)
+    loss = F.ctc_loss(
         log_probs.transpose(0, 1), targets, lengths, target_lengths, reduction="none", zero_infinity=True
     )  # (N,)
-    per_base = per_chunk / target_lengths.clamp(min=1)
-    return per_base.sum() / feasible.sum().clamp(min=1), {"infeasible": 1 - feasible.float().mean()}
+    return torch.where(counts, loss / target_lengths.clamp(min=1), 0.0), counts, infeasible
+
+
+def ctc_loss(log_probs, lengths, targets, target_lengths):
+    """The mean of ctc_per_base over the chunks that count, and {"infeasible": the share of those that cannot}."""
+    per_base, counts, infeasible = ctc_per_base(log_probs, lengths, targets, target_lengths)
+    return per_base.sum() / counts.sum().clamp(min=1), {"infeasible": infeasible.float().mean()}
 
 
 def jitter(signal, gain, offset, noise):
@@ -160,46 +172,42 @@ def decode(log_probs):
 def validate(model, chunks, batch_size, device, precision):
     """Mean loss a base and identity over all validation chunks, as a dict of the logged metrics."""
     model.eval()
-    loss = infeasible = 0.0
-    identities = []
+    losses, infeasible, identities = [], [], []
     for batch in chunks.tiles(batch_size):
         batch = batch.to(device)
         with autocast(device, precision):
             log_probs, lengths = model(batch.signal)
-        batch_loss, terms = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
-        share = len(batch.signal) / len(chunks)
-        loss, infeasible = loss + share * batch_loss.item(), infeasible + share * terms["infeasible"].item()
-        targets, log_probs = batch.targets.cpu().numpy(), log_probs.cpu()
+        per_base, counts, beyond = ctc_per_base(log_probs, lengths, batch.targets, batch.target_lengths)
+        losses += per_base[counts].tolist()
+        infeasible += beyond.tolist()
+        log_probs, targets = log_probs.cpu(), batch.targets.cpu().numpy()
         for row, bases in enumerate(batch.target_lengths.tolist()):
             if bases:
                 reference = "".join(ALPHABET[base] for base in targets[row, :bases])
                 identities.append(identity(decode(log_probs[row]), reference))
     model.train()
     return {
-        "validation/loss": loss,
-        "validation/infeasible": infeasible,
-        "validation/identity_mean": np.mean(identities),
-        "validation/identity_median": np.median(identities),
+        "validation/loss": float(np.mean(losses)) if losses else math.inf,
+        "validation/infeasible": float(np.mean(infeasible)),
+        "validation/identity_mean": float(np.mean(identities)),
+        "validation/identity_median": float(np.median(identities)),
     }
 
 
-def start_model(args):
-    """The basecaller to train, on a pore model from --weights or a new one."""
-    model = PoreModel.of_size(args.size, args.dropout)
-    if args.weights and not args.resume:
-        state = load_tensors(args.weights)
-        try:
-            pretrained = PoreModel.from_state_dict(state, args.dropout)
-        except ValueError as error:
-            raise InputError(f"--weights {args.weights}: {error}") from error
-        found, wanted = ([p.shape for p in m.parameters()] for m in (pretrained, model))
-        if found != wanted:
-            millions = sum(shape.numel() for shape in found) / 1e6
-            raise InputError(
-                f"--weights {args.weights}: {millions:.1f} M parameters, not --size {args.size}; give its own --size"
-            )
-        model = pretrained
-    return Basecaller(model)
+def load_weights(pore_model, path):
+    """Puts the pretrained weights at `path` into pore_model; InputError if they are none, or of another size."""
+    state = load_tensors(path)
+    try:
+        pretrained = PoreModel.from_state_dict(state)
+    except ValueError as error:
+        raise InputError(f"--weights {path}: {error}") from error
+    try:
+        pore_model.load_state_dict(state)
+    except RuntimeError as error:
+        found, wanted = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (pretrained, pore_model))
+        raise InputError(
+            f"--weights {path}: {found:.1f} M parameters, but --size asks for {wanted:.1f} M; give their own --size"
+        ) from error
 
 
 def main(args):
@@ -208,7 +216,9 @@ def main(args):
             setattr(args, name, value)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    model = start_model(args).to(device)
+    model = Basecaller(PoreModel.of_size(args.size, args.dropout)).to(device)
+    if args.weights and not args.resume:
+        load_weights(model.pore_model, args.weights)
     stores = open_data(args.data)
     share = "finetuning" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction)
@@ -222,14 +232,16 @@ def main(args):
         raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
+    if args.warmup_steps is None:
+        args.warmup_steps = min(200, total // 10)
     warn_if_slow(device, (model.pore_model, model.head), args.chunk_len, len(chunks), views=1)
 
     run = Run(args, __file__)
     pore_model_lr = args.pore_model_lr or args.lr
     optimizer = torch.optim.AdamW(
         [
-            {"params": model.head.parameters(), "lr": args.lr, "highest": args.lr},
-            {"params": model.pore_model.parameters(), "lr": pore_model_lr, "highest": pore_model_lr},
+            {"params": model.head.parameters(), "lr": args.lr, "max_lr": args.lr},
+            {"params": model.pore_model.parameters(), "lr": pore_model_lr, "max_lr": pore_model_lr},
         ]
     )
     first, best = 0, math.inf
@@ -247,7 +259,7 @@ def main(args):
         signal = jitter(batch.signal, args.gain_jitter, args.offset_jitter, args.noise_jitter)
         model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["highest"] * learning_rate(step, args.warmup_steps, total)
+            group["lr"] = group["max_lr"] * learning_rate(step, args.warmup_steps, total)
 
         with autocast(device, args.precision):
             log_probs, lengths = model(signal)
@@ -260,17 +272,20 @@ def main(args):
 
         if step % LOG_EVERY == 0:
             run.log(step, loss=loss, **terms, lr=optimizer.param_groups[0]["lr"])
-        if step % steps_per_epoch == 0 or step == last:
+        if step % steps_per_epoch == 0:
             metrics = validate(model, validation, args.batch_size, device, args.precision)
             run.log(step, **metrics)
             if metrics["validation/loss"] < best:
                 best = metrics["validation/loss"]
                 run.save("basecaller.pt", model.state_dict())
         if step % args.checkpoint_every == 0 or step == last:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best}
-            run.save("checkpoint.pt", state)
+            run.checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best)
+    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
+        run.log(last, **validate(model, validation, args.batch_size, device, args.precision))
+    if best == math.inf:
+        run.save("basecaller.pt", model.state_dict())
     run.save("basecaller_last.pt", model.state_dict())
-    print(f"best by validation loss ({best:.4f}): {run.folder / 'basecaller.pt'}")
+    print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
-from common.data import Chunks, NpyWriter, needed_frames, open_data, prepare, written_whole
+from common.data import Chunks, NpyWriter, ctc_steps_needed, open_data, prepare, written_whole
 from common.pore_model import frames_of
 from common.run import parse_args
 
@@ -48,7 +48,7 @@ def audit(stores, chunk_len):
             kind = "labelled " if labelled else ""
             print(f"  {split}: {chunks.number_of_reads} {kind}reads, {len(chunks)} chunks of {chunk_len}")
             if labelled:
-                needed += [needed_frames(batch.targets, batch.target_lengths) for batch in chunks.tiles(64)]
+                needed += [ctc_steps_needed(batch.targets, batch.target_lengths) for batch in chunks.tiles(64)]
     if not needed:
         return
     labelled = np.concatenate([store.reads[store.reads["bases_length"] > 0] for store in stores])

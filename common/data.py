@@ -527,7 +527,7 @@ class Chunks:
         return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]))
 
 
-def needed_frames(targets, target_lengths):
+def ctc_steps_needed(targets, target_lengths):
     """Time steps that CTC needs to spell each row of targets (N, S): a blank stands between equal neighbours."""
     inside = torch.arange(targets.shape[1], device=targets.device)[1:] < target_lengths[:, None]
     return target_lengths + ((targets[:, 1:] == targets[:, :-1]) & inside).sum(1)

@@ -99,7 +99,9 @@ def pick_device(name):
 
 def autocast(device, precision):
     """The context that models run in: bfloat16 where `--precision` says so; auto: on a GPU that has it."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    )
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -132,7 +134,7 @@ def load_tensors(path, device="cpu"):
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
-        raise InputError(f"{path}: not a PyTorch file of weights, or cut off; give pore_model.pt of a run") from error
+        raise InputError(f"{path}: not a PyTorch file of tensors, or cut off") from error
 
 
 class Run:
@@ -163,20 +165,24 @@ class Run:
             )
 
     def resume(self, device):
-        """The last checkpoint's state on `device`; the log is cut back to it."""
-        state = load_tensors(self.folder / "checkpoint.pt", device)
-        log = self.folder / "metrics.jsonl"
-        kept = []
-        for line in log.read_text().splitlines() if log.exists() else []:
-            with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                kept += [line] if json.loads(line)["step"] <= state["step"] else []
-        log.write_text("".join(line + "\n" for line in kept))
+        """The last checkpoint's state on `device`; the log is cut back to what it was then."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            raise InputError(f"--resume {self.folder}: stopped before its first checkpoint; start a new run")
+        state = load_tensors(path, device)
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            log.truncate(state["log_bytes"])
         print(f"going on after step {state['step']}")
         return state
 
-    def steps(self, first, last, chunks):
-        """Yields the steps first + 1 ... last under a progress bar; `chunks` a step give the logged rate."""
-        self.rate, self.since = chunks, (first, time.perf_counter())
+    def checkpoint(self, step, **state):
+        """Writes checkpoint.pt: all that the script needs to go on after `step`."""
+        log = self.folder / "metrics.jsonl"
+        self.save("checkpoint.pt", state | {"step": step, "log_bytes": log.stat().st_size if log.exists() else 0})
+
+    def steps(self, first, last, batch_size):
+        """Yields the steps first + 1 ... last under a progress bar; batch_size is for the logged chunks a second."""
+        self.batch_size, self.since = batch_size, (first, time.perf_counter())
         steps = range(first + 1, last + 1)
         often = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
         with tqdm(steps, self.script, last, initial=first, unit=" steps", mininterval=often) as self.bar:
@@ -187,9 +193,9 @@ class Run:
         metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
         if "loss" in metrics:  # a training step, not a validation
             before, then = self.since
-            self.since = (step, time.perf_counter())
-            metrics["chunks_per_second"] = self.rate * (step - before) / (self.since[1] - then)
+            metrics["chunks_per_second"] = self.batch_size * (step - before) / (time.perf_counter() - then)
             self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+        self.since = (step, time.perf_counter())  # so that validation does not count as slow training
         metrics = {"step": step} | metrics
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from common import InputError, data
-from common.data import Chunks, ReadStore, StoreWriter, needed_frames, open_data, prepare, raw_reads
+from common.data import Chunks, ReadStore, StoreWriter, ctc_steps_needed, open_data, prepare, raw_reads
 
 PROJECT = Path(__file__).parents[1]
 RANGE, OFFSET, DIGITISATION, RATE = 1444.86, 6.0, 8192.0, 4000
@@ -520,12 +520,12 @@ def test_label_fractions_are_nested_sets_of_reads(many, share):
 # ---------------------------------------------------------------------------------------------------------------- CTC
 
 
-def test_needed_frames_is_where_ctc_becomes_possible():
+def test_ctc_steps_needed_is_where_ctc_becomes_possible():
     """Against torch's CTC: infinite with one time step fewer. Half of the references have equal neighbours."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(1, 4, (40, 9), generator=generator)
     lengths = torch.randint(1, 10, (40,), generator=generator)
-    needed = needed_frames(targets, lengths)
+    needed = ctc_steps_needed(targets, lengths)
     assert (needed > lengths).any() and (needed == lengths).any()
     log_probs = torch.zeros(20, 40, 5).log_softmax(-1)
 
@@ -537,5 +537,5 @@ def test_needed_frames_is_where_ctc_becomes_possible():
 
 
 @pytest.mark.parametrize("width", [0, 1, 3])
-def test_needed_frames_of_chunks_without_bases(width):
-    assert needed_frames(torch.zeros(2, width, dtype=torch.long), torch.tensor([0, 0])).tolist() == [0, 0]
+def test_ctc_steps_needed_of_chunks_without_bases(width):
+    assert ctc_steps_needed(torch.zeros(2, width, dtype=torch.long), torch.tensor([0, 0])).tolist() == [0, 0]

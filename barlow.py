@@ -141,6 +141,8 @@ def main(args):
     chunks = Chunks(stores, args.chunk_len, "training", share=share)
     validation = Chunks(stores, args.chunk_len, "validation")
     steps_per_epoch = len(chunks) // args.batch_size
+    if args.batch_size < 2:
+        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
     if steps_per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
     total = args.epochs * steps_per_epoch

@@ -21,7 +21,8 @@ PANELS = {
 
 def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def smoothed(values, weight=0.9):
@@ -67,5 +68,8 @@ if __name__ == "__main__":
     if len(sys.argv) < 3 or not all("=" in word for word in sys.argv[2:]):
         sys.exit(__doc__)
     chosen = dict(word.rsplit("=", 1) for word in sys.argv[2:])
+    for chosen_folder in chosen.values():
+        if not any("validation/loss" in line for line in read_metrics(chosen_folder)):
+            sys.exit(f"{chosen_folder}: no metrics.jsonl with a validation in it; give the folder of a fine-tuning run")
     plot(chosen, sys.argv[1])
     print(table(chosen))

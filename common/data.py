@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common import InputError
 from common.normalise import med_mad, picoamperes
+from common.simulate import simulated_file
 
 try:  # importing it registers the filter with h5py
     import vbz_h5py_plugin
@@ -117,8 +118,7 @@ def _hdf5_reads(file, path):
                 raise InputError(f"{path}: its signal is VBZ-compressed; pip install vbz-h5py-plugin") from error
             yield Rejected(name, f"corrupt: {_first_line(error)}")
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            missing = [key for key in ("range", "offset", "digitisation") if key in str(error)]
-            yield Rejected(name, "no calibration" if missing else f"corrupt: {_first_line(error)}")
+            yield Rejected(name, f"corrupt: {_first_line(error)}")
 
 
 def _first_line(error):
@@ -126,6 +126,10 @@ def _first_line(error):
 
 
 def _hdf5_raw(read_id, signal, calibration, sample_rate):
+    if signal.ndim != 1 or signal.dtype.kind not in "iu":
+        raise ValueError("the signal is not a row of integers")
+    if not {"range", "offset", "digitisation"} <= set(calibration):
+        return Rejected(read_id, "no calibration")
     scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
     return RawRead(read_id, signal[:], float(calibration["offset"]), scale, float(sample_rate))
 
@@ -148,6 +152,8 @@ def _mapped_read(file, name):
     """taiyaki's mapped-signal format: Reference 0-3 = ACGT, Ref_to_signal the first sample of each base and the end."""
     read = file["Reads"][name]
     raw = _hdf5_raw(name, read["Dacs"], read.attrs, read.attrs.get("sample_rate", 0.0))
+    if isinstance(raw, Rejected):
+        return raw
     bases, starts = read["Reference"][:], read["Ref_to_signal"][:].astype(np.int64)
     if len(starts) != len(bases) + 1:
         raise ValueError("Ref_to_signal is not one longer than Reference")
@@ -262,13 +268,12 @@ class StoreWriter:
         if isinstance(raw, Rejected):
             self.left_out[raw.reason] += 1
             return
-        if raw.id in self.ids:
-            self.left_out["read twice"] += 1
-            return
-        self.ids.add(raw.id)
         self.samples += len(raw.dacs)
         labelled = raw.bases is not None and len(raw.bases) > 0
-        result = "unlabelled" if labelled_only and not labelled else normalised(raw)
+        if (raw.id, labelled) in self.ids:
+            result = "read twice"
+        else:
+            result = "unlabelled" if labelled_only and not labelled else normalised(raw)
         if not isinstance(result, str):
             signal, shift, scale = result
             bases, starts = (), ()
@@ -277,6 +282,7 @@ class StoreWriter:
                 signal, bases, starts = signal[first:end], raw.bases, raw.base_starts[:-1] - first
             if len(signal) >= min_len:
                 self.add(raw.id, signal, bases, starts, raw.sample_rate, shift, scale)
+                self.ids.add((raw.id, labelled))  # the same read with and without bases is of use for both
                 return
             result = "empty" if min_len <= 1 else f"shorter than {min_len} samples"
         self.left_out[result] += 1
@@ -361,8 +367,11 @@ def _add_bonito(store, path):
                 f"{folder}: wrong shapes: chunks {shapes[0]}, references {shapes[1]}, reference_lengths {shapes[2]}; "
                 "they should be (N, L), (N, longest), (N,)"
             )
-        if len(lengths) and (lengths.max() > references.shape[1] or references.max() > 4):
-            raise InputError(f"{folder}: reference_lengths over the width of references, or bases other than 1 to 4")
+        kinds = chunks.dtype.kind + references.dtype.kind + lengths.dtype.kind
+        if kinds[0] != "f" or not set(kinds[1:]) <= set("iu"):
+            raise InputError(f"{folder}: chunks should hold floats, references and reference_lengths whole numbers")
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > references.shape[1] or references.max() > 4):
+            raise InputError(f"{folder}: reference_lengths outside references' width, or bases other than 1 to 4")
         for i in range(len(chunks)):
             bases = references[i, : lengths[i]]
             if not np.isfinite(chunks[i]).all() or (len(bases) and bases.min() < 1):
@@ -388,7 +397,9 @@ class ReadStore:
             if self.reads.dtype != READ_DTYPE or (self.reads["start"] + self.reads["length"]).max() > len(self.signal):
                 raise ValueError("its files do not belong together")
         except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: not a whole read store ({_first_line(error)}); prepare it again") from error
+            raise InputError(
+                f"{self.path}: not a whole read store ({_first_line(error)}); remove it and prepare it again"
+            ) from error
 
     def kept(self):
         """Lines that say how many reads are here."""
@@ -409,8 +420,6 @@ def open_data(paths):
     No paths: simulated reads, said aloud.
     """
     if not paths:
-        from common.simulate import simulated_file  # it writes mapped-signal HDF5 and knows nothing of this module
-
         paths = [simulated_file(cache_folder())]
         print(f"no --data: simulated reads, {paths[0]}")
     stores = []
@@ -418,10 +427,11 @@ def open_data(paths):
         if is_store(path):
             stores.append(ReadStore(path))
             continue
-        key = hashlib.blake2b(f"{STORE_VERSION} {VALIDATION} {SATURATED}".encode(), digest_size=16)
+        key = hashlib.blake2b(f"{STORE_VERSION} {SATURATED}".encode(), digest_size=16)
         files = sorted(path.rglob("*.npy")) if is_bonito(path) else raw_files(path)
         for file in files:
             try:
+                key.update(str(file.relative_to(path)).encode())
                 with open(file, "rb") as opened:
                     key.update(hashlib.file_digest(opened, "blake2b").digest())
             except OSError as error:

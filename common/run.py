@@ -19,12 +19,14 @@ from tqdm import tqdm
 from common import InputError
 
 LOG_EVERY = 10  # steps
+# what a resumed run may be given anew
+MAY_CHANGE = {"resume", "run_dir", "data", "max_steps", "device", "compile", "checkpoint_every", "track"}
 
 
 def parse_args(args_class):
     """The script's arguments from the command line, checked; with --resume RUN, those of that run are the defaults.
 
-    From here on an InputError, or Ctrl-C, ends the script with one line on standard error and exit code 1 or 130.
+    From here on InputError, OSError (a full disk) and Ctrl-C end the script with one line and exit code 1 or 130.
     """
     sys.excepthook = _one_line
     saved, words = None, sys.argv[1:]
@@ -34,11 +36,14 @@ def parse_args(args_class):
             saved = args_class(**_read_args(run, args_class))
     args = tyro.cli(args_class, default=saved)
     check_args(args)
+    for name, value in vars(saved).items() if saved else ():
+        if value != getattr(args, name) and name not in MAY_CHANGE:
+            raise InputError(f"--{name.replace('_', '-')}: a resumed run keeps its own, {value}; leave it out")
     return args
 
 
 def _one_line(kind, error, traceback):
-    if issubclass(kind, InputError):
+    if issubclass(kind, (InputError, OSError)):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

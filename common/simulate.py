@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
+from common.run import parse_args
 
 # z-scored current of a 6-mer = the sum of four entries, one for each of its trinucleotides, by position (columns 0-3).
 # A least-squares fit to Oxford Nanopore's public R9.4 6-mer table: it explains 99.8 % of the variance of 4096 entries.
@@ -184,6 +185,6 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = parse_args(Args)
     write_simulated(args.out, args.reads, args.mean_bases, args.seed, args.easy)
     print(f"wrote {args.out}")

@@ -21,6 +21,9 @@ def test_resume_takes_the_arguments_of_the_run_unless_given_anew(tmp_path, monke
     args = parse_args(barlow.Args)
     assert (args.lr, args.drop_chance, args.size, args.max_steps) == (0.5, (0.1, 0.2), "tiny", 9)
     assert [str(path) for path in args.data] == ["a.pod5"] and args.resume == tmp_path
+    monkeypatch.setattr(sys, "argv", ["barlow.py", f"--resume={tmp_path}", "--size", "small"])
+    with pytest.raises(InputError, match="--size"):
+        parse_args(barlow.Args)
 
 
 @pytest.mark.parametrize(

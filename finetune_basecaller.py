@@ -44,7 +44,7 @@ STEPS_PER_FRAME = 2
 # Used where an argument is not given. tiny and small: docs/results.md has the study; thesis: not tried, a guess.
 RECIPES = {
     "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "dropout": 0.1},
-    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 60, "dropout": 0.0},
+    "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},
     "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},
 }
 
@@ -194,8 +194,8 @@ def validate(model, chunks, batch_size, device, precision):
     }
 
 
-def load_weights(pore_model, path):
-    """Puts the pretrained weights at `path` into pore_model; InputError if they are none, or of another size."""
+def load_weights(pore_model, path, size):
+    """Puts the pretrained weights at `path` into pore_model; InputError if they are none, or not of its `size`."""
     state = load_tensors(path)
     try:
         pretrained = PoreModel.from_state_dict(state)
@@ -206,7 +206,7 @@ def load_weights(pore_model, path):
     except RuntimeError as error:
         found, wanted = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (pretrained, pore_model))
         raise InputError(
-            f"--weights {path}: {found:.1f} M parameters, but --size asks for {wanted:.1f} M; give their own --size"
+            f"--weights {path}: {found:.1f} M parameters, but --size {size} has {wanted:.1f} M; give theirs"
         ) from error
 
 
@@ -218,7 +218,7 @@ def main(args):
     device = pick_device(args.device)
     model = Basecaller(PoreModel.of_size(args.size, args.dropout)).to(device)
     if args.weights and not args.resume:
-        load_weights(model.pore_model, args.weights)
+        load_weights(model.pore_model, args.weights, args.size)
     stores = open_data(args.data)
     share = "finetuning" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction)

@@ -31,7 +31,7 @@ class Args:
     chunk_len: int = 3600
     """samples a chunk; reads shorter than one are left out"""
     labelled_only: bool = False
-    """leave out reads without bases"""
+    """leave out reads without bases, as --bonito always does"""
     bonito: bool = False
     """write the labelled reads as Bonito's training arrays: chunks.npy, references.npy, reference_lengths.npy"""
 
@@ -46,7 +46,8 @@ def audit(stores, chunk_len):
             except InputError:
                 continue  # no such reads
             kind = "labelled " if labelled else ""
-            print(f"  {split}: {chunks.number_of_reads} {kind}reads, {len(chunks)} chunks of {chunk_len}")
+            short = f"; {chunks.too_short} reads are shorter" if chunks.too_short else ""
+            print(f"  {split}: {chunks.number_of_reads} {kind}reads, {len(chunks)} chunks of {chunk_len}{short}")
             if labelled:
                 needed += [ctc_steps_needed(batch.targets, batch.target_lengths) for batch in chunks.tiles(64)]
     if not needed:
@@ -95,8 +96,8 @@ def main(args):
     else:
         stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only)]
     for store in stores:
-        print("\n  ".join(["kept", *store.kept(), "left out", *store.left_out()]))
-    print("audit")
+        print("\n".join(store.report()))
+    print("audit:")
     audit(stores, args.chunk_len)
     print(f"wrote {args.out}")
 

@@ -2,8 +2,8 @@
 
 Simulated reads -> Barlow Twins -> a basecaller fine-tuned from it, and one from scratch -> a table and a picture.
 
-The pore is simulate.py's easy one (6 to 12 samples a base, little noise): on the full R9.4 simulation, as on real
-reads, a basecaller of this size needs most of an hour to reach what it reaches here in three minutes.
+The pore is simulate.py's easy one (6 to 12 samples a base, a third of the noise), so that a few minutes are enough: on
+real reads this basecaller trains for half an hour (docs/results.md).
 """
 
 import shlex

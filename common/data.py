@@ -86,6 +86,18 @@ def raw_reads(path):
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason}); fetch or write it again") from error
 
 
+def count_reads(path):
+    """How many reads a raw file says it has, for a progress bar; 0 if it cannot be told."""
+    try:
+        if path.suffix == ".pod5":
+            with pod5.Reader(path) as reader:
+                return reader.num_reads
+        with h5py.File(path) as file:
+            return len(_hdf5_layout(file)[0])
+    except (OSError, RuntimeError):
+        return 0
+
+
 def _pod5_reads(path):
     with pod5.Reader(path) as reader:
         for read in reader.reads():
@@ -101,13 +113,17 @@ def _pod5_reads(path):
                 yield Rejected(str(read.read_id), f"corrupt: {_first_line(error)}")
 
 
-def _hdf5_reads(file, path):
+def _hdf5_layout(file):
+    """The names of an HDF5 file's reads, and the function that parses one."""
     if isinstance(file.get("Reads"), h5py.Group):
-        groups, parse = file["Reads"], _mapped_read
-    elif "Raw" in file:
-        groups, parse = file.get("Raw/Reads", {}), _single_read
-    else:
-        groups, parse = {name: None for name in file if name.startswith("read_")}, _multi_read
+        return file["Reads"], _mapped_read
+    if "Raw" in file:
+        return file.get("Raw/Reads", ()), _single_read
+    return [name for name in file if name.startswith("read_")], _multi_read
+
+
+def _hdf5_reads(file, path):
+    groups, parse = _hdf5_layout(file)
     if not len(groups):
         raise InputError(f"{path}: holds neither FAST5 reads nor mapped-signal reads (a group Reads, Raw or read_...)")
     for name in groups:
@@ -320,7 +336,7 @@ def raw_files(path):
     return files
 
 
-def prepare(paths, out, min_len=1, labelled_only=False, progress=True):
+def prepare(paths, out, min_len=1, labelled_only=False):
     """Reads raw files, folders of them and Bonito folders into a new read store, the folder `out`, and opens it.
 
     A file that cannot be opened stops it when named itself, and is counted and passed over in a folder. InputError if
@@ -330,7 +346,8 @@ def prepare(paths, out, min_len=1, labelled_only=False, progress=True):
     files = [(file, file in paths) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
     with written_whole(out, "free space or choose another place") as folder:
         store = StoreWriter(folder)
-        with tqdm(desc=f"preparing {out.name}", unit=" reads", disable=not progress) as bar:
+        total = sum(count_reads(file) for file, _ in files if not is_bonito(file))
+        with tqdm(desc=f"preparing {out.name}", unit=" reads", total=total) as bar:
             for file, named in files:
                 try:
                     if is_bonito(file):
@@ -378,6 +395,7 @@ def _add_bonito(store, path):
                 store.left_out["not finite" if len(bases) == 0 or bases.min() > 0 else "corrupt: base 0"] += 1
                 continue
             starts = np.zeros(len(bases))
+            store.samples += chunks.shape[1]
             store.add(f"chunk-{i}", chunks[i], bases, starts, whole=True, split=split)
 
 
@@ -401,13 +419,15 @@ class ReadStore:
                 f"{self.path}: not a whole read store ({_first_line(error)}); remove it and prepare it again"
             ) from error
 
-    def kept(self):
-        """Lines that say how many reads are here."""
-        return [f"{count} {kind} reads" for kind, count in self.info["kept"].items()]
-
-    def left_out(self):
-        """Lines that say how many reads are not, and why."""
-        return [f"{count} {reason}" for reason, count in self.info["left_out"].items()] or ["none"]
+    def report(self):
+        """Lines that say what was read, what was kept, and what was left out and why."""
+        kept, left_out = self.info["kept"], self.info["left_out"]
+        reads = sum(kept.values()) + sum(left_out.values())
+        return [
+            f"read: {reads} reads, {self.info['samples_read'] / 1e6:.1f} M samples",
+            f"kept: {' + '.join(f'{count} {kind}' for kind, count in kept.items())}",
+            f"left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items()) or 'none'}",
+        ]
 
 
 def cache_folder():
@@ -438,7 +458,7 @@ def open_data(paths):
                 raise InputError(f"{file}: cannot be read ({error.strerror})") from error
         cached = cache_folder() / f"{path.stem}-{key.hexdigest()}"
         store = ReadStore(cached) if is_store(cached) else prepare([path], cached)
-        print(f"{path}: {' + '.join(store.kept())}; left out: {', '.join(store.left_out())}; prepared in {cached}")
+        print(f"{path}: {'; '.join(store.report())}; prepared in {cached}")
         stores.append(store)
     return stores
 

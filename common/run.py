@@ -38,7 +38,9 @@ def parse_args(args_class):
     check_args(args)
     for name, value in vars(saved).items() if saved else ():
         if value != getattr(args, name) and name not in MAY_CHANGE:
-            raise InputError(f"--{name.replace('_', '-')}: a resumed run keeps its own, {value}; leave it out")
+            raise InputError(
+                f"--{name.replace('_', '-')}: the run in {args.resume} has {value} and keeps it; leave it out"
+            )
     return args
 
 

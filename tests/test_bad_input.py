@@ -199,6 +199,9 @@ def test_a_bad_read_in_a_good_file_is_skipped_and_counted(simulated, tmp_path, c
         ("chunks", np.zeros((20, 50, 1), np.float16)),
         ("references", np.ones((19, 9), np.uint8)),
         ("reference_lengths", np.full((20, 1), 5)),
+        ("reference_lengths", np.full(20, -3)),
+        ("reference_lengths", np.full(20, 5.0)),
+        ("chunks", np.zeros((20, 50), "S3")),
         ("reference_lengths", np.full(20, 10)),  # over the width of references
         ("references", np.full((20, 9), 5, np.uint8)),
         ("references", np.ones((20, 0), np.uint8)),

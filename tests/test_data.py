@@ -168,7 +168,7 @@ def test_reads_come_back_as_written(tmp_path, kind):
 def test_store_of_unlabelled_reads(tmp_path):
     reads = some_reads()
     write_fast5(tmp_path / "reads.fast5", reads)
-    store = prepare([tmp_path / "reads.fast5"], tmp_path / "store", progress=False)
+    store = prepare([tmp_path / "reads.fast5"], tmp_path / "store")
     assert isinstance(store.signal, np.memmap) and store.signal.dtype == np.float16
     found = signals(store)
     assert found.keys() == reads.keys()
@@ -182,7 +182,7 @@ def test_store_of_unlabelled_reads(tmp_path):
 
 
 def test_store_of_labelled_reads_is_the_mapped_part(simulated, tmp_path):
-    store = prepare([simulated], tmp_path / "store", progress=False)
+    store = prepare([simulated], tmp_path / "store")
     found, calls = signals(store), {}
     for row in store.reads:
         span = slice(row["bases_start"], row["bases_start"] + row["bases_length"])
@@ -202,7 +202,7 @@ def test_labelled_signal_is_normalised_over_the_whole_read_then_cut(tmp_path):
     dacs = wander(np.random.default_rng(0))
     dacs[2000:] += 100  # the unmapped end counts for median and spread
     write_mapped(tmp_path / "a.hdf5", {"a": dacs})
-    store = prepare([tmp_path / "a.hdf5"], tmp_path / "store", progress=False)
+    store = prepare([tmp_path / "a.hdf5"], tmp_path / "store")
     np.testing.assert_allclose(store.signal, normalised_by_hand(dacs)[5:1005], rtol=2**-11, atol=1e-6)
     assert store.base_starts[:3].tolist() == [0, 10, 20]
 
@@ -230,7 +230,7 @@ def test_reads_left_out_are_counted_under_their_reason(tmp_path):
         del group["short/Ref_to_signal"]
         group["short/Ref_to_signal"] = 5 + 5 * np.arange(101)
     paths = [tmp_path / name for name in ("a.hdf5", "b.hdf5", "c.fast5")]
-    store = prepare(paths, tmp_path / "store", min_len=1000, labelled_only=True, progress=False)
+    store = prepare(paths, tmp_path / "store", min_len=1000, labelled_only=True)
     assert store.info["kept"] == {"labelled": 1} and list(signals(store)) == ["good"]
     assert store.info["left_out"] == {
         "constant": 1,
@@ -244,7 +244,7 @@ def test_reads_left_out_are_counted_under_their_reason(tmp_path):
         "unlabelled": 2,  # the empty read has no bases either
         "read twice": 1,
     }
-    without = prepare(paths, tmp_path / "all", progress=False).info
+    without = prepare(paths, tmp_path / "all").info
     assert without["left_out"]["empty"] == 1 and without["kept"] == {"labelled": 2, "unlabelled": 1}
 
 
@@ -253,7 +253,7 @@ def test_a_read_stuck_at_the_top_is_saturated(tmp_path):
     dacs = wander(np.random.default_rng(0))
     dacs[:1800] = 4095
     write_mapped(tmp_path / "a.hdf5", {"good": wander(np.random.default_rng(1)), "stuck": dacs})
-    left_out = prepare([tmp_path / "a.hdf5"], tmp_path / "store", progress=False).info["left_out"]
+    left_out = prepare([tmp_path / "a.hdf5"], tmp_path / "store").info["left_out"]
     assert left_out == {"saturated": 1}
 
 
@@ -293,7 +293,7 @@ def test_raw_input_is_prepared_once_and_again_when_it_changes(simulated, tmp_pat
     path = tmp_path / "reads.hdf5"
     path.write_bytes(simulated.read_bytes())
     calls = []
-    monkeypatch.setattr(data, "prepare", lambda *args: calls.append(args) or prepare(*args, progress=False))
+    monkeypatch.setattr(data, "prepare", lambda *args: calls.append(args) or prepare(*args))
     first, second = open_data([path])[0], open_data([path])[0]
     assert len(calls) == 1 and first.path == second.path and list(cache.iterdir()) == [first.path]
     with h5py.File(path, "r+") as file:
@@ -304,7 +304,7 @@ def test_raw_input_is_prepared_once_and_again_when_it_changes(simulated, tmp_pat
 
 
 def test_a_store_is_opened_where_it_is(simulated, tmp_path, cache):
-    store = prepare([simulated], tmp_path / "store", progress=False)
+    store = prepare([simulated], tmp_path / "store")
     (opened,) = open_data([tmp_path / "store"])
     assert opened.path == store.path and (opened.signal == store.signal).all() and not cache.exists()
 
@@ -347,11 +347,11 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(simulated,
     part = tmp_path / f"store.part-{os.getpid()}"
     part.mkdir()
     (part / "signal.npy").write_bytes(b"half")
-    assert len(prepare([simulated], tmp_path / "store", progress=False).reads) == 12 and not part.exists()
+    assert len(prepare([simulated], tmp_path / "store").reads) == 12 and not part.exists()
 
 
 def test_a_store_that_lost_its_end_is_refused(simulated, tmp_path):
-    prepare([simulated], tmp_path / "store", progress=False)
+    prepare([simulated], tmp_path / "store")
     path = tmp_path / "store" / "signal.npy"
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match="store: not a whole read store"):
@@ -539,3 +539,30 @@ def test_ctc_steps_needed_is_where_ctc_becomes_possible():
 @pytest.mark.parametrize("width", [0, 1, 3])
 def test_ctc_steps_needed_of_chunks_without_bases(width):
     assert ctc_steps_needed(torch.zeros(2, width, dtype=torch.long), torch.tensor([0, 0])).tolist() == [0, 0]
+
+
+def test_a_read_with_and_without_bases_is_kept_as_both_and_only_a_true_copy_is_left_out(simulated, tmp_path):
+    """Whichever file comes first, labels are not lost to an unlabelled copy of the read."""
+    folder = tmp_path / "reads"
+    folder.mkdir()
+    with h5py.File(simulated) as file, h5py.File(folder / "1.fast5", "w") as unlabelled:
+        read = file["Reads/simulated-1-0"]
+        group = unlabelled.create_group("read_simulated-1-0")
+        group["Raw/Signal"] = read["Dacs"][:]
+        group.create_group("channel_id").attrs.update(
+            {key: read.attrs[key] for key in ("range", "offset", "digitisation")} | {"sampling_rate": 4000.0}
+        )
+    for name in ("2.hdf5", "3.hdf5"):
+        (folder / name).write_bytes(simulated.read_bytes())
+    info = prepare([folder], tmp_path / "store").info
+    assert info["kept"] == {"unlabelled": 1, "labelled": 12} and info["left_out"] == {"read twice": 12}
+
+
+def test_a_signal_that_is_not_a_row_of_integers_is_corrupt(simulated, tmp_path):
+    path = tmp_path / "reads.hdf5"
+    path.write_bytes(simulated.read_bytes())
+    with h5py.File(path, "r+") as file:
+        for name, signal in (("simulated-1-0", np.zeros((500, 2), np.int16)), ("simulated-1-1", np.zeros(500))):
+            del file[f"Reads/{name}/Dacs"]
+            file[f"Reads/{name}/Dacs"] = signal
+    assert prepare([path], tmp_path / "store").info["left_out"] == {"corrupt: the signal is not a row of integers": 2}

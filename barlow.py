@@ -154,13 +154,15 @@ def main(args):
     warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), views=2)
 
     run = Run(args, __file__)
+    parts = {"pore_model": pore_model, "head": head, "optimizer": optimizer}
+    # Resume: equal in all methods
     first = 0
     if args.resume:
         state = run.resume(device)
-        pore_model.load_state_dict(state["pore_model"])
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    # End of resume
     if args.compile:
         pore_model.compile()
 
@@ -190,9 +192,10 @@ def main(args):
         # End of logging
         if step % steps_per_epoch == 0:
             run.log(step, **{"validation/loss": validate(args, pore_model, head, validation, device)})
+        # Checkpoint: equal in all methods
         if step % args.checkpoint_every == 0 or step == last:
-            models = {"pore_model": pore_model.state_dict(), "head": head.state_dict()}
-            run.checkpoint(step, **models, optimizer=optimizer.state_dict())
+            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
+        # End of checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
         run.log(last, **{"validation/loss": validate(args, pore_model, head, validation, device)})
     run.save("pore_model.pt", pore_model.state_dict())

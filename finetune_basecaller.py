@@ -117,7 +117,10 @@ class Basecaller(nn.Module):
         prefix = "pore_model."
         pore_model = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         model = cls(PoreModel.from_state_dict(pore_model))
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError("these are not a basecaller's weights") from error
         return model
 
     def forward(self, signal, lengths=None):

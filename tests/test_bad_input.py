@@ -368,3 +368,7 @@ def test_weights_that_are_none(refused, simulated, tmp_path, kind):
     assert str(path) in message and not (tmp_path / "executed").exists()
     if kind == "other size":
         assert "--weights" in message and "--size tiny" in message
+
+
+def test_a_batch_of_one_chunk_has_no_statistics(refused, simulated):
+    assert "--batch-size 1:" in refused("barlow", "--data", simulated, "--chunk-len", "400", "--batch-size", "1")

@@ -57,6 +57,13 @@ def test_a_state_dict_rebuilds_the_basecaller():
     again = Basecaller.from_state_dict(model.state_dict()).eval()
     signal = torch.randn(1, 400)
     assert torch.equal(model(signal)[0], again(signal)[0])
+    for rubbish in (
+        {},
+        model.pore_model.state_dict(),
+        {k: v for k, v in model.state_dict().items() if "head" not in k},
+    ):
+        with pytest.raises(ValueError):
+            Basecaller.from_state_dict(rubbish)
 
 
 def test_decode_merges_repeats_and_drops_blanks():

@@ -32,7 +32,7 @@ def main():
         "2/4 pretrain a pore model on their current alone",
         f"barlow.py --data {reads} {OURS} --lr 1e-3 --max-steps 100 --run-dir {folder}/barlow",
     )
-    tuning = f"finetune_basecaller.py --data {reads} {OURS} --epochs 8"
+    tuning = f"finetune_basecaller.py --data {reads} {OURS} --epochs 5"
     weights = f"--weights {folder}/barlow/pore_model.pt"
     run("3/4 fine-tune it into a basecaller", f"{tuning} {weights} --run-dir {folder}/finetuned")
     run("4/4 the same from scratch: the baseline", f"{tuning} --run-dir {folder}/scratch")

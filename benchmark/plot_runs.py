@@ -25,7 +25,7 @@ def read_metrics(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def smoothed(values, weight=0.9):
+def smoothed(values, weight=0.7):
     """Exponential moving average, started at the first value."""
     smooth = []
     for value in values:

@@ -25,12 +25,10 @@ def read_metrics(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def smoothed(values, weight=0.7):
-    """Exponential moving average, started at the first value."""
-    smooth = []
-    for value in values:
-        smooth.append(value if not smooth else weight * smooth[-1] + (1 - weight) * value)
-    return smooth
+def smoothed(values):
+    """Mean of the values around each, over a thirtieth of the run; a short run stays as it is."""
+    half = len(values) // 60
+    return [sum(near) / len(near) for i in range(len(values)) if (near := values[max(0, i - half) : i + half + 1])]
 
 
 def plot(runs, out):

@@ -11,7 +11,8 @@ the same of both views (diagonal of the cross-correlation: invariance), and no t
 Departures
 1. From the thesis: its eq. 5.9 lacks the square of (1 - C_ii), and its algorithm 7 masks the diagonal out, which would
    teach no invariance. Here is the paper's loss.
-2. From the thesis: it leaves open two widths of the head (see RepresentationHead).
+2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
+   widths of the head that the thesis leaves open are chosen (see RepresentationHead).
 3. From the paper: Adam at a constant rate, as in the thesis, not LARS; --warmup-steps and --cosine give the schedule.
 4. From the paper: batches of 64 for 2048 dimensions, as in the thesis. C then has rank 63 at most, and the loss cannot
    fall below about 279 (docs/barlow.md).

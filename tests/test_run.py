@@ -1,4 +1,4 @@
-"""The run folder and what surrounds it: arguments, whole files, safe loading."""
+"""The run folder and what surrounds it: resume, whole files, seeds, devices."""
 
 import json
 import os

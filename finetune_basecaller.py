@@ -57,6 +57,8 @@ class Args:
     """a pretrained pore_model.pt to start from; without it the basecaller is trained from scratch"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model, that of the weights; tiny trains on two cores"""
+    encoder: Literal["wide", "thin"] = "wide"
+    """its encoder, that of the weights; thin for those of cpc.py --encoder thin, and for their baseline"""
     label_fraction: float = 1.0
     """train on this share of the labelled reads; an epoch shrinks with it, so raise --epochs to keep the steps"""
     shared_data: bool = False
@@ -197,8 +199,8 @@ def validate(model, chunks, batch_size, device, precision):
     }
 
 
-def load_weights(pore_model, path, size):
-    """Puts the pretrained weights at `path` into pore_model; InputError if they are none, or not of its `size`."""
+def load_weights(pore_model, path):
+    """Puts the pretrained weights at `path` into pore_model; InputError if they are none, or of another shape."""
     state = load_tensors(path)
     try:
         pretrained = PoreModel.from_state_dict(state)
@@ -207,9 +209,12 @@ def load_weights(pore_model, path, size):
     try:
         pore_model.load_state_dict(state)
     except RuntimeError as error:
-        found, wanted = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (pretrained, pore_model))
+        found, wanted = (
+            f"{len(m.layers)} layers of {m.channels} channels and the {m.encoder.kind} encoder"
+            for m in (pretrained, pore_model)
+        )
         raise InputError(
-            f"--weights {path}: {found:.1f} M parameters, but --size {size} has {wanted:.1f} M; give theirs"
+            f"--weights {path}: a pore model with {found}; --size and --encoder ask for {wanted}"
         ) from error
 
 
@@ -219,9 +224,9 @@ def main(args):
             setattr(args, name, value)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    model = Basecaller(PoreModel.of_size(args.size, args.dropout)).to(device)
+    model = Basecaller(PoreModel.of_size(args.size, args.dropout, args.encoder)).to(device)
     if args.weights and not args.resume:
-        load_weights(model.pore_model, args.weights, args.size)
+        load_weights(model.pore_model, args.weights)
     stores = open_data(args.data)
     share = "finetuning" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction)
@@ -237,7 +242,7 @@ def main(args):
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:
         args.warmup_steps = min(200, total // 10)
-    warn_if_slow(device, (model.pore_model, model.head), args.chunk_len, len(chunks), views=1)
+    warn_if_slow(device, (model.pore_model, model.head), args.chunk_len, len(chunks), passes=1)
 
     run = Run(args, __file__)
     pore_model_lr = args.pore_model_lr or args.lr

@@ -13,7 +13,8 @@ from common import InputError
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
-STRIDES = (2, 2, 2, 1)
+HOP = 8  # samples a frame
+ENCODERS = {"wide": ((3, 2), (3, 2), (3, 2), (3, 1)), "thin": ((8, 8),)}  # (kernel, stride) of each block
 SIZES = {
     "thesis": {"channels": 512, "layers": 10, "feed_forward": 2048},
     "small": {"channels": 256, "layers": 4, "feed_forward": 1024},
@@ -22,10 +23,8 @@ SIZES = {
 
 
 def frames_of(length):
-    """Frames that the encoder makes of `length` samples (an int or a tensor of them): each stride rounds up."""
-    for stride in STRIDES:
-        length = (length + stride - 1) // stride
-    return length
+    """Frames that the encoder makes of `length` samples (an int or a tensor of them), the last one begun included."""
+    return (length + HOP - 1) // HOP
 
 
 def valid_positions(lengths, width):
@@ -59,13 +58,14 @@ class ConvBlock(nn.Module):
 
     def __init__(self, inputs, outputs, kernel, stride, activation):
         super().__init__()
-        self.conv = nn.Conv1d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride, padding=(kernel - stride + 1) // 2, bias=False)
         self.norm = MaskedBatchNorm1d(outputs)
         self.activation = activation
 
     def forward(self, x, lengths):
         """x (N, C, T) zero at the padding, lengths (N,) of the *output* or None -> (N, C', T') zero at the padding."""
-        x = self.conv(x)
+        spare = -x.shape[2] % self.conv.stride[0]  # filled up, so that the last frame begun counts
+        x = self.conv(F.pad(x, (0, spare)) if spare else x)
         if lengths is None:
             return self.activation(self.norm(x))
         mask = valid_positions(lengths, x.shape[2])[:, None]
@@ -73,13 +73,19 @@ class ConvBlock(nn.Module):
 
 
 class FeatureEncoder(nn.Module):
-    """Four blocks of Conv1d(3) -> BatchNorm -> GELU; 8 samples a frame, each frame sees 31 samples."""
+    """Blocks of Conv1d -> BatchNorm -> GELU, 8 samples a frame.
 
-    def __init__(self, channels):
+    "wide": four blocks of kernel 3; each frame sees 31 samples, so neighbours share most of them. "thin": one block of
+    kernel 8; each frame sees its own 8 samples and no others.
+    """
+
+    def __init__(self, channels, kind="wide"):
         super().__init__()
-        widths = (1, channels // 8, channels // 4, channels // 2, channels)
+        self.kind = kind
+        blocks = ENCODERS[kind]
+        widths = [1, *(channels >> i for i in reversed(range(len(blocks))))]
         self.blocks = nn.ModuleList(
-            ConvBlock(widths[i], widths[i + 1], 3, stride, F.gelu) for i, stride in enumerate(STRIDES)
+            ConvBlock(widths[i], widths[i + 1], kernel, stride, F.gelu) for i, (kernel, stride) in enumerate(blocks)
         )
 
     def forward(self, signal, lengths=None):
@@ -87,7 +93,8 @@ class FeatureEncoder(nn.Module):
         x = signal[:, None]
         if lengths is not None:
             x = x.masked_fill(~valid_positions(lengths, signal.shape[1])[:, None], 0.0)
-        for block, stride in zip(self.blocks, STRIDES, strict=True):
+        for block in self.blocks:
+            stride = block.conv.stride[0]
             lengths = None if lengths is None else (lengths + stride - 1) // stride
             x = block(x, lengths)
         return x.transpose(1, 2), lengths
@@ -125,27 +132,28 @@ class TransformerLayer(nn.Module):
 class PoreModel(nn.Module):
     """Raw current to contextual features: FeatureEncoder, then a pre-norm transformer with rotary positions."""
 
-    def __init__(self, channels, layers, feed_forward, dropout=0.1):
+    def __init__(self, channels, layers, feed_forward, dropout=0.1, encoder="wide"):
         super().__init__()
         self.channels = channels
-        self.encoder = FeatureEncoder(channels)
+        self.encoder = FeatureEncoder(channels, encoder)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(channels, feed_forward, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(channels)
 
     @classmethod
-    def of_size(cls, size, dropout=0.1):
-        """A new pore model of one of SIZES: "thesis" (32 M parameters), "small" (3.3 M) or "tiny" (0.3 M)."""
-        return cls(**SIZES[size], dropout=dropout)
+    def of_size(cls, size, dropout=0.1, encoder="wide"):
+        """A new pore model of one of SIZES, "thesis" (32 M parameters), "small" (3.3 M) or "tiny" (0.3 M)."""
+        return cls(**SIZES[size], dropout=dropout, encoder=encoder)
 
     @classmethod
     def from_state_dict(cls, state, dropout=0.1):
-        """The pore model, of whatever size, that `state` (a plain state dict) holds. ValueError if it holds none."""
+        """The pore model, of whatever size and encoder, that `state` (a plain state dict) holds. ValueError if none."""
         try:
-            channels = state["encoder.blocks.3.conv.weight"].shape[0]
+            channels = state["norm.weight"].shape[0]
             feed_forward = state["layers.0.feed_forward.0.weight"].shape[0]
             layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
-            model = cls(channels, layers, feed_forward, dropout)
+            encoder = "wide" if "encoder.blocks.1.conv.weight" in state else "thin"
+            model = cls(channels, layers, feed_forward, dropout, encoder)
             model.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]  # torch's has several lines

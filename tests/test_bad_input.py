@@ -367,7 +367,7 @@ def test_weights_that_are_none(refused, simulated, tmp_path, kind):
     message = refused("finetune_basecaller", "--data", simulated, "--weights", path, "--batch-size", "2")
     assert str(path) in message and not (tmp_path / "executed").exists()
     if kind == "other size":
-        assert "--weights" in message and "--size tiny" in message
+        assert "4 layers of 256 channels" in message and "ask for 3 layers of 128 channels" in message
 
 
 def test_a_batch_of_one_chunk_has_no_statistics(refused, simulated):

@@ -114,9 +114,11 @@ def learning_rate(step, args, total):
 
 
 @torch.no_grad()
-def validate(args, pore_model, head, chunks, device):
+def validate(args, models, chunks, device):
     """Mean loss over the validation chunks, as whole batches of views that are the same at every call."""
-    pore_model.eval(), head.eval()
+    pore_model, head = models.values()
+    for model in models.values():
+        model.eval()
     losses = []
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
@@ -129,9 +131,11 @@ def validate(args, pore_model, head, chunks, device):
         )
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))
-        losses.append(barlow_loss(r1, r2, args.lambd)[0].item())
-    pore_model.train(), head.train()
-    return sum(losses) / len(losses)
+        loss, _ = barlow_loss(r1, r2, args.lambd)
+        losses.append(loss.item())
+    for model in models.values():
+        model.train()
+    return {"validation/loss": sum(losses) / len(losses)}
 
 
 def main(args):
@@ -152,11 +156,12 @@ def main(args):
     pore_model = PoreModel.of_size(args.size).to(device)
     head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
     optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()])
-    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), views=2)
+    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=2)
 
     run = Run(args, __file__)
-    parts = {"pore_model": pore_model, "head": head, "optimizer": optimizer}
+    models = {"pore_model": pore_model, "head": head}
     # Resume: equal in all methods
+    parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
         state = run.resume(device)
@@ -185,20 +190,18 @@ def main(args):
         loss.backward()
         optimizer.step()
 
-        # Logging: equal in all methods
+        # Logging, validation and checkpoint: equal in all methods
         if step % LOG_EVERY == 0:
             spread, rank = feature_spread(r1), effective_rank(r1)
             lr = optimizer.param_groups[0]["lr"]
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
-        # End of logging
         if step % steps_per_epoch == 0:
-            run.log(step, **{"validation/loss": validate(args, pore_model, head, validation, device)})
-        # Checkpoint: equal in all methods
+            run.log(step, **validate(args, models, validation, device))
         if step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
-        # End of checkpoint
+        # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
-        run.log(last, **{"validation/loss": validate(args, pore_model, head, validation, device)})
+        run.log(last, **validate(args, models, validation, device))
     run.save("pore_model.pt", pore_model.state_dict())
     print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
 

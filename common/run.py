@@ -82,7 +82,9 @@ def check_args(args):
             rule, holds = "above 0 and at most 1", 0 < value <= 1
         elif name == "dropout" and value is not None:
             rule, holds = "0 or more and below 1", 0 <= value < 1
-        elif name.endswith("lr") and value is not None:
+        elif name.endswith("momentum"):
+            rule, holds = "from 0 to 1", 0 <= value <= 1
+        elif name.endswith(("lr", "temperature")) and value is not None:
             rule, holds = "above 0", 0 < value < math.inf
         elif type(value) is int and name not in COUNTED_FROM_ZERO:
             rule, holds = "at least 1", value >= 1
@@ -207,7 +209,8 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if "validation/loss" in metrics:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("validation"))
+            shown = [name for name in metrics if name.startswith("validation/") and name.count("/") == 1]
+            shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
             tqdm.write(f"step {step}: {shown}")
         if self.tracker:
             self.tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
@@ -224,8 +227,11 @@ def stop_if_not_finite(step, loss, terms):
         raise InputError(f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32")
 
 
-def warn_if_slow(device, models, chunk_len, chunks, views):
-    """On a CPU with a large model: says how long an epoch of `chunks` will take, from one forward and backward."""
+def warn_if_slow(device, models, chunk_len, chunks, passes):
+    """On a CPU with a large model: says how long an epoch of `chunks` will take, from one forward and backward.
+
+    `passes`: how many of them a chunk takes; a forward alone counts a third.
+    """
     parameters = sum(p.numel() for p in models[0].parameters())
     if device.type != "cpu" or parameters < 1e6:
         return
@@ -233,7 +239,7 @@ def warn_if_slow(device, models, chunk_len, chunks, views):
     signal = torch.randn(2, chunk_len)
     start = time.perf_counter()
     head(pore_model(signal)[0]).square().mean().backward()
-    seconds = (time.perf_counter() - start) / len(signal) * views * chunks
+    seconds = (time.perf_counter() - start) / len(signal) * passes * chunks
     print(
         f"no GPU: {parameters / 1e6:.0f} M parameters will take about {seconds / 3600:.1f} hours an epoch here "
         f"({chunks} chunks); --size tiny is meant for this machine"

@@ -58,8 +58,8 @@ def test_a_device_that_is_not_there_is_named():
 def test_full_size_without_a_gpu_is_announced_and_leaves_the_model_as_it_was(capsys):
     pore_model = PoreModel.of_size("small")
     before = {key: value.clone() for key, value in pore_model.state_dict().items()}
-    warn_if_slow(torch.device("cpu"), (pore_model, RepresentationHead(256, 400, 32)), 400, 10, views=2)
+    warn_if_slow(torch.device("cpu"), (pore_model, RepresentationHead(256, 400, 32)), 400, 10, passes=2)
     assert "hours an epoch" in (said := capsys.readouterr().out) and "--size tiny" in said
     assert all(torch.equal(before[key], value) for key, value in pore_model.state_dict().items())
-    warn_if_slow(torch.device("cpu"), (PoreModel.of_size("tiny"), None), 400, 10, views=2)
+    warn_if_slow(torch.device("cpu"), (PoreModel.of_size("tiny"), None), 400, 10, passes=2)
     assert capsys.readouterr().out == ""

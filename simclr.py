@@ -1,0 +1,216 @@
+"""SimCLR on raw nanopore current (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
+Representations"; 2021 thesis).
+
+Two random views of each of N chunks go through the pore model and a head. Each of the 2N representations has to find,
+among the 2N - 1 others of the batch, the one that comes from the same chunk. The others push it away, so the features
+cannot collapse; the larger the batch, the harder the question.
+
+    s_ij = cos(z_i, z_j)
+    l(i, j) = -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) )     i, j: views of one chunk (paper, eq. 1)
+    loss = mean of l over the 2N ordered pairs of views
+
+Departures
+1. From the thesis: its sum includes k = i, which only adds a floor (at least ln 2 once the views agree) under the loss.
+2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
+   widths of the head that the thesis leaves open are chosen (see RepresentationHead).
+3. From the paper: Adam at a constant rate and batches of 32, as in the thesis, not LARS and 4096; --warmup-steps and
+   --cosine give the paper's schedule.
+4. From the paper: the views go through the model one after the other, so BatchNorm sees one view of each chunk.
+
+    python simclr.py --data reads/ --lr 3e-5 --batch-size 32
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from common import InputError
+from common.augment import EXTRA, view
+from common.data import Chunks, open_data
+from common.metrics import effective_rank, feature_spread
+from common.pore_model import PoreModel, RepresentationHead
+from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
+
+
+@dataclass
+class Args:
+    # Shared arguments: equal in all methods
+    data: tuple[Path, ...] = ()
+    """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
+    shared_data: bool = False
+    """fine-tuning will be given the same --data: leave one read in six to it"""
+    size: Literal["thesis", "small", "tiny"] = "thesis"
+    """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
+    chunk_len: int = 3600
+    """samples a chunk"""
+    noise_factor: float = 0.25
+    """standard deviation of the noise added to a view, in normalised units"""
+    drop_chance: tuple[float, float] = (0.25, 0.38)
+    """each view drops samples with a chance drawn between these two"""
+    extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
+    """further augmentations, before noise and drop-point; none of them helped in the thesis"""
+    epochs: int = 50
+    """passes over the training reads"""
+    max_steps: int | None = None
+    """stop early, after this many steps"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
+    cosine: bool = False
+    """let the learning rate fall to 0 as a cosine over all epochs"""
+    seed: int = 0
+    """of weights, order of the chunks, views and dropout"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to run"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it; the loss is always float32"""
+    compile: bool = False
+    """torch.compile the pore model"""
+    run_dir: Path | None = None
+    """the folder of this run; runs/<script>__<seed>__<time> if not given"""
+    resume: Path | None = None
+    """go on with this run from its last checkpoint; its arguments are the defaults"""
+    checkpoint_every: int = 100
+    """steps between checkpoints"""
+    track: bool = False
+    """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
+    # End of shared arguments
+
+    # Method specific arguments
+    batch_size: int = 32
+    """chunks a step; each is compared with all others, so more chunks make the task harder and the features better"""
+    lr: float = 3e-5
+    """learning rate"""
+    representation: int = 256
+    """R, dimensions of the representation"""
+    temperature: float = 0.1
+    """tau; the lower, the more the most similar negatives count"""
+
+
+def simclr_loss(r1, r2, temperature):
+    """SimCLR's loss (NT-Xent) of representations r1, r2 (N, R) of two views, row by row of the same chunk.
+
+    It is the sum of alignment (of the two views of a chunk) and uniformity (of all views); top1 is the share of views
+    whose most similar one is that of the same chunk.
+    """
+    z = F.normalize(torch.cat([r1, r2]).float(), dim=1)  # (2N, R)
+    s = z @ z.T / temperature  # (2N, 2N)
+    s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -math.inf)  # k != i
+    partner = torch.arange(len(s), device=s.device).roll(len(r1))  # (2N,) the other view of each
+    alignment = -s.gather(1, partner[:, None]).mean()
+    uniformity = s.logsumexp(1).mean()
+    top1 = (s.argmax(1) == partner).float().mean()
+    return alignment + uniformity, {"alignment": alignment, "uniformity": uniformity, "top1": top1}
+
+
+# Learning rate: equal in all methods
+def learning_rate(step, args, total):
+    """The learning rate at `step` of `total`: constant, or with a linear rise and a cosine fall."""
+    if step <= args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    if not args.cosine:
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, total - args.warmup_steps)))
+
+
+# End of learning rate
+
+
+@torch.no_grad()
+def validate(args, models, chunks, device):
+    """Mean loss over the validation chunks, as whole batches of views that are the same at every call."""
+    pore_model, head = models.values()
+    for model in models.values():
+        model.eval()
+    losses = []
+    for number, batch in enumerate(chunks.tiles(args.batch_size)):
+        if len(batch.signal) < args.batch_size and number > 0:
+            break  # the loss depends on the number of chunks
+        seed_step(args.seed, number)
+        batch = batch.to(device)
+        view1, view2 = (
+            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
+            for _ in range(2)
+        )
+        with autocast(device, args.precision):
+            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))
+        loss, _ = simclr_loss(r1, r2, args.temperature)
+        losses.append(loss.item())
+    for model in models.values():
+        model.train()
+    return {"validation/loss": sum(losses) / len(losses)}
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    stores = open_data(args.data)
+    share = "pretraining" if args.shared_data else None
+    chunks = Chunks(stores, args.chunk_len, "training", share=share)
+    validation = Chunks(stores, args.chunk_len, "validation")
+    steps_per_epoch = len(chunks) // args.batch_size
+    if args.batch_size < 2:
+        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
+    if steps_per_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
+    total = args.epochs * steps_per_epoch
+    last = min(total, args.max_steps or total)
+
+    pore_model = PoreModel.of_size(args.size).to(device)
+    head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()])
+    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=2)
+
+    run = Run(args, __file__)
+    models = {"pore_model": pore_model, "head": head}
+    # Resume: equal in all methods
+    parts = models | {"optimizer": optimizer}
+    first = 0
+    if args.resume:
+        state = run.resume(device)
+        first = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    # End of resume
+    if args.compile:
+        pore_model.compile()
+
+    for step in run.steps(first, last, args.batch_size):
+        seed_step(args.seed, step)
+        batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
+        view1, view2 = (
+            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
+            for _ in range(2)
+        )
+        with autocast(device, args.precision):
+            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
+        loss, terms = simclr_loss(r1, r2, args.temperature)
+        stop_if_not_finite(step, loss, terms)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args, total)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        # Logging, validation and checkpoint: equal in all methods
+        if step % LOG_EVERY == 0:
+            spread, rank = feature_spread(r1), effective_rank(r1)
+            lr = optimizer.param_groups[0]["lr"]
+            run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
+        if step % steps_per_epoch == 0:
+            run.log(step, **validate(args, models, validation, device))
+        if step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
+        # End of logging, validation and checkpoint
+    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
+        run.log(last, **validate(args, models, validation, device))
+    run.save("pore_model.pt", pore_model.state_dict())
+    print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))

@@ -1,0 +1,261 @@
+"""BYOL on raw nanopore current (Grill et al. 2020, "Bootstrap Your Own Latent: A New Approach to Self-Supervised
+Learning"; 2021 thesis).
+
+Two random views of each chunk go through an online network (pore model, head, predictor) and a target network (pore
+model, head) that follows the online one as a slow moving average. From each view the online network has to predict
+what the target says of the other. There are no negatives; the predictor and the slow target keep it from collapsing.
+
+    loss = 2 - cos(r1, h2) - cos(r2, h1)      r: target's representations, no gradient; h: online predictions
+    xi <- m xi + (1 - m) theta                (paper, eq. 1; the loss is half of eq. 2 and its mirror image, added)
+
+Departures
+1. From the thesis: its pseudo-code feeds the target network the online network's output. Here the target sees the other
+   augmented view, as in the paper.
+2. From the paper: the loss is half of its ||q - z||^2, so that it goes from 2 (unrelated) to 0 (equal), as in the
+   thesis; the momentum m is constant, as in the thesis, and does not rise to 1.
+3. From the paper: Adam at a constant rate, not LARS with warm-up and cosine; --warmup-steps and --cosine.
+4. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
+   widths of the head that the thesis leaves open are chosen (see RepresentationHead), as is the batch size.
+5. The target's pore model has no dropout. Its BatchNorm normalises by its own batch.
+
+pore_model.pt holds the online pore model, target_pore_model.pt the target's: the thesis tried both in the basecaller.
+
+    python byol.py --data reads/ --lr 3e-4 --batch-size 64
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError
+from common.augment import EXTRA, view
+from common.data import Chunks, open_data
+from common.metrics import effective_rank, feature_spread
+from common.pore_model import PoreModel, RepresentationHead
+from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
+
+
+@dataclass
+class Args:
+    # Shared arguments: equal in all methods
+    data: tuple[Path, ...] = ()
+    """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
+    shared_data: bool = False
+    """fine-tuning will be given the same --data: leave one read in six to it"""
+    size: Literal["thesis", "small", "tiny"] = "thesis"
+    """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
+    chunk_len: int = 3600
+    """samples a chunk"""
+    noise_factor: float = 0.25
+    """standard deviation of the noise added to a view, in normalised units"""
+    drop_chance: tuple[float, float] = (0.25, 0.38)
+    """each view drops samples with a chance drawn between these two"""
+    extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
+    """further augmentations, before noise and drop-point; none of them helped in the thesis"""
+    epochs: int = 50
+    """passes over the training reads"""
+    max_steps: int | None = None
+    """stop early, after this many steps"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from 0"""
+    cosine: bool = False
+    """let the learning rate fall to 0 as a cosine over all epochs"""
+    seed: int = 0
+    """of weights, order of the chunks, views and dropout"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to run"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it; the loss is always float32"""
+    compile: bool = False
+    """torch.compile the pore model"""
+    run_dir: Path | None = None
+    """the folder of this run; runs/<script>__<seed>__<time> if not given"""
+    resume: Path | None = None
+    """go on with this run from its last checkpoint; its arguments are the defaults"""
+    checkpoint_every: int = 100
+    """steps between checkpoints"""
+    track: bool = False
+    """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
+    # End of shared arguments
+
+    # Method specific arguments
+    batch_size: int = 64
+    """chunks a step; there are no negatives, so small batches do"""
+    lr: float = 3e-4
+    """learning rate"""
+    representation: int = 1024
+    """R, dimensions of the representation and width of the predictor"""
+    momentum: float = 0.998
+    """m, how much of the target's weights stays at each step; it follows about 1 / (1 - m) steps behind"""
+
+
+# Predictor: equal in simsiam.py and byol.py
+class Predictor(nn.Sequential):
+    """Linear -> BatchNorm -> ReLU -> Linear, all R wide: the shape of the head's projection."""
+
+    def __init__(self, representation):
+        super().__init__(
+            nn.Linear(representation, representation),
+            nn.BatchNorm1d(representation),
+            nn.ReLU(),
+            nn.Linear(representation, representation),
+        )
+
+
+# End of predictor
+
+
+def byol_loss(h1, h2, r1, r2):
+    """BYOL's loss of the online predictions h1, h2 (N, R) and the target's representations r1, r2 (N, R) of two views.
+
+    2 - cosine1 - cosine2. It is 0 for equal views and for collapsed ones alike: only the feature spread tells.
+    """
+    cosine1 = F.cosine_similarity(r1.detach().float(), h2.float()).mean()
+    cosine2 = F.cosine_similarity(r2.detach().float(), h1.float()).mean()
+    return 2 - cosine1 - cosine2, {"cosine1": cosine1, "cosine2": cosine2}
+
+
+# Learning rate: equal in all methods
+def learning_rate(step, args, total):
+    """The learning rate at `step` of `total`: constant, or with a linear rise and a cosine fall."""
+    if step <= args.warmup_steps:
+        return args.lr * step / args.warmup_steps
+    if not args.cosine:
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, total - args.warmup_steps)))
+
+
+# End of learning rate
+
+
+# Moving average: equal in moco.py, byol.py and dino.py
+@torch.no_grad()
+def update_average(average, model, momentum):
+    """Moves each parameter of `average` towards that of `model`: momentum * average + (1 - momentum) * model.
+
+    Buffers (BatchNorm's running statistics) are not averaged: `average` runs in training mode and gathers its own.
+    """
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - momentum)
+
+
+# End of moving average
+
+
+@torch.no_grad()
+def validate(args, models, chunks, device):
+    """Mean loss over the validation chunks, as whole batches of views that are the same at every call."""
+    pore_model, head, predictor, target_pore_model, target_head = models.values()
+    for model in models.values():
+        model.eval()
+    losses = []
+    for number, batch in enumerate(chunks.tiles(args.batch_size)):
+        if len(batch.signal) < args.batch_size and number > 0:
+            break  # the loss depends on the number of chunks
+        seed_step(args.seed, number)
+        batch = batch.to(device)
+        view1, view2 = (
+            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
+            for _ in range(2)
+        )
+        with autocast(device, args.precision):
+            h1, h2 = predictor(head(*pore_model(*view1))), predictor(head(*pore_model(*view2)))
+            t1, t2 = target_head(*target_pore_model(*view1)), target_head(*target_pore_model(*view2))
+        loss, _ = byol_loss(h1, h2, t1, t2)
+        losses.append(loss.item())
+    for model in models.values():
+        model.train()
+    return {"validation/loss": sum(losses) / len(losses)}
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    stores = open_data(args.data)
+    share = "pretraining" if args.shared_data else None
+    chunks = Chunks(stores, args.chunk_len, "training", share=share)
+    validation = Chunks(stores, args.chunk_len, "validation")
+    steps_per_epoch = len(chunks) // args.batch_size
+    if args.batch_size < 2:
+        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
+    if steps_per_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
+    total = args.epochs * steps_per_epoch
+    last = min(total, args.max_steps or total)
+
+    pore_model = PoreModel.of_size(args.size).to(device)
+    head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
+    predictor = Predictor(args.representation).to(device)
+    target_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
+    target_head = copy.deepcopy(head)
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters(), *predictor.parameters()])
+    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=8 / 3)
+
+    run = Run(args, __file__)
+    models = {
+        "pore_model": pore_model,
+        "head": head,
+        "predictor": predictor,
+        "target_pore_model": target_pore_model,
+        "target_head": target_head,
+    }
+    # Resume: equal in all methods
+    parts = models | {"optimizer": optimizer}
+    first = 0
+    if args.resume:
+        state = run.resume(device)
+        first = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    # End of resume
+    if args.compile:
+        pore_model.compile(), target_pore_model.compile()
+
+    for step in run.steps(first, last, args.batch_size):
+        seed_step(args.seed, step)
+        batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
+        view1, view2 = (
+            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
+            for _ in range(2)
+        )
+        with autocast(device, args.precision):
+            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
+            h1, h2 = predictor(r1), predictor(r2)  # (N, R)
+            with torch.no_grad():
+                t1, t2 = target_head(*target_pore_model(*view1)), target_head(*target_pore_model(*view2))  # (N, R)
+        loss, terms = byol_loss(h1, h2, t1, t2)
+        stop_if_not_finite(step, loss, terms)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args, total)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update_average(target_pore_model, pore_model, args.momentum)
+        update_average(target_head, head, args.momentum)
+
+        # Logging, validation and checkpoint: equal in all methods
+        if step % LOG_EVERY == 0:
+            spread, rank = feature_spread(r1), effective_rank(r1)
+            lr = optimizer.param_groups[0]["lr"]
+            run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
+        if step % steps_per_epoch == 0:
+            run.log(step, **validate(args, models, validation, device))
+        if step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
+        # End of logging, validation and checkpoint
+    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
+        run.log(last, **validate(args, models, validation, device))
+    run.save("pore_model.pt", pore_model.state_dict())
+    run.save("target_pore_model.pt", target_pore_model.state_dict())
+    print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))

@@ -50,7 +50,7 @@ def shuffle(signal, lengths, segments=8):
 
 
 def moving_average(signal, lengths, width=7):
-    """Replaces each sample by the mean of the valid ones among the `width` around it."""
+    """Replaces each sample by the mean of the valid ones among the `width` (odd) around it."""
     valid = valid_positions(lengths, signal.shape[1])
     signal, valid = signal.where(valid, 0), valid.to(signal.dtype)
 

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import typing
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -65,7 +66,8 @@ def _read_args(run, args_class):
         raise InputError(f"--resume {run}: not a run of this script (its arguments have {', '.join(sorted(unknown))})")
     # JSON has neither tuples nor paths
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    paths = {name: Path(saved[name]) for name in ("weights", "run_dir") if saved.get(name)}
+    hints = typing.get_type_hints(args_class)
+    paths = {name: Path(value) for name, value in saved.items() if value and hints[name] == Path | None}
     return saved | paths | {"data": tuple(Path(path) for path in saved["data"])}
 
 
@@ -223,7 +225,7 @@ class Run:
 def stop_if_not_finite(step, loss, terms):
     """InputError if the loss is infinite or not a number; the last checkpoint stays as it is."""
     if not torch.isfinite(loss):
-        terms = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
         raise InputError(f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32")
 
 

@@ -113,10 +113,7 @@ class Prediction(nn.Module):
 
 def random_present(lengths, steps):
     """A random frame t, one for all chunks of `lengths` (N,) samples, that has `steps` frames after it in each."""
-    frames = int(frames_of(lengths.min()))
-    if frames <= steps:
-        raise InputError(f"--future-steps {steps}: a chunk has {frames} frames; give fewer or a larger --chunk-len")
-    return int(torch.randint(frames - steps, ()))
+    return int(torch.randint(int(frames_of(lengths.min())) - steps, ()))
 
 
 def future_and_context(pore_model, signal, lengths, t, steps):
@@ -200,6 +197,14 @@ def main(args):
         raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
     if steps_per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
+    drop = args.drop_chance[1]
+    shortest = args.chunk_len * (1 - drop) - 5 * math.sqrt(args.chunk_len * drop * (1 - drop))  # in all probability
+    frames = frames_of(max(0, int(shortest)))
+    if frames <= args.future_steps:
+        raise InputError(
+            f"--future-steps {args.future_steps}: chunks may have only {frames} frames; "
+            "give fewer, a larger --chunk-len or a smaller --drop-chance"
+        )
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
 

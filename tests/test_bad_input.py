@@ -15,14 +15,17 @@ import pytest
 import torch
 
 import barlow
+import cpc
+import dino
 import finetune_basecaller
+import moco
 import prepare_data
 from common import InputError
 from common.pore_model import PoreModel
 from common.run import parse_args
 
 PROJECT = Path(__file__).parents[1]
-SCRIPTS = {"barlow": barlow, "finetune_basecaller": finetune_basecaller, "prepare_data": prepare_data}
+SCRIPTS = {script.__name__: script for script in (barlow, cpc, dino, moco, finetune_basecaller, prepare_data)}
 
 
 @pytest.fixture
@@ -372,3 +375,22 @@ def test_weights_that_are_none(refused, simulated, tmp_path, kind):
 
 def test_a_batch_of_one_chunk_has_no_statistics(refused, simulated):
     assert "--batch-size 1:" in refused("barlow", "--data", simulated, "--chunk-len", "400", "--batch-size", "1")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("cpc", "--future-steps 50"),
+        ("cpc", "--future-steps 30 --drop-chance 0.25 0.38"),
+        ("moco", "--key-groups 3"),
+        ("moco", "--key-groups 4"),
+        ("moco", "--queue 3"),
+        ("moco", "--momentum 1.1"),
+        ("dino", "--center-momentum -0.1"),
+        ("dino", "--teacher-temperature 0"),
+    ],
+)
+def test_arguments_of_a_method_that_cannot_be_meant(refused, simulated, method, words):
+    words = words.split()
+    message = refused(method, "--data", simulated, "--chunk-len", "400", "--batch-size", "4", *words)
+    assert message.startswith(" ".join(words[:2]))

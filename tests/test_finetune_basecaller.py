@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from common import InputError
 from common.pore_model import PoreModel
+from common.run import parse_args
 from finetune_basecaller import Args, Basecaller, ctc_loss, decode, jitter, learning_rate, main
 
 
@@ -140,3 +143,36 @@ def test_pore_model_lr_of_its_own_reaches_only_the_pore_model(simulated, tmp_pat
     trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
     moved = [(trained[f"pore_model.{key}"] - value).abs().max() for key, value in pretrained.named_parameters()]
     assert max(moved) < 1e-7
+
+
+def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(simulated, tmp_path, monkeypatch):
+    """--resume needs no --encoder, and basecaller.pt tells that it is thin."""
+    pretrained, run = PoreModel.of_size("tiny", encoder="thin"), tmp_path / "run"
+    torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
+    settings = {"weights": tmp_path / "pore_model.pt", "encoder": "thin", "lr": 1e-3, "warmup_steps": 0}
+    main(small_args(simulated, run, max_steps=1, **settings))
+    trained = Basecaller.from_state_dict(torch.load(run / "basecaller_last.pt", weights_only=True)).pore_model
+    for (name, first), now in zip(pretrained.named_parameters(), trained.parameters(), strict=True):
+        assert 1e-4 < (now - first).abs().max() < 2e-3, name  # so it started from the weights
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which parse_args changes
+    monkeypatch.setattr(sys, "argv", ["finetune_basecaller.py", "--resume", str(run), "--max-steps", "2"])
+    main(parse_args(Args))
+    resumed = torch.load(run / "basecaller_last.pt", weights_only=True)
+    main(small_args(simulated, tmp_path / "whole", max_steps=2, **settings))
+    whole = torch.load(tmp_path / "whole" / "basecaller_last.pt", weights_only=True)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    signal = torch.randn(2, 395)
+    log_probs, lengths = Basecaller.from_state_dict(resumed).eval()(signal)
+    assert log_probs.shape == (2, 100, 5) and lengths.tolist() == [100, 100]
+
+
+@pytest.mark.parametrize(("weights", "asked"), [("thin", "wide"), ("wide", "thin")])
+def test_weights_of_the_other_encoder_are_refused(simulated, tmp_path, weights, asked):
+    path = tmp_path / "pore_model.pt"
+    torch.save(PoreModel.of_size("tiny", encoder=weights).state_dict(), path)
+    with pytest.raises(
+        InputError, match=f"{path}.* the {weights} encoder; --size and --encoder ask .* {asked} encoder"
+    ):
+        main(small_args(simulated, tmp_path / "run", weights=path, encoder=asked))
+    assert not (tmp_path / "run").exists()

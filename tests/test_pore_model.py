@@ -23,12 +23,14 @@ from common.pore_model import (
 
 WIDTH, LENGTHS = 93, [93, 64, 31, 7]  # odd and even, one row full, one of a single frame; the width is no multiple of 8
 REPRESENTATION = 16
+BLOCKS = {"wide": [(3, 2, 1)] * 3 + [(3, 1, 1)], "thin": [(8, 8, 0)]}  # kernel, stride and padding
+both_encoders = pytest.mark.parametrize("encoder", ["wide", "thin"])
 
 
-def models(training, dtype=torch.float64, chunk_len=WIDTH):
+def models(training, dtype=torch.float64, chunk_len=WIDTH, encoder="wide"):
     """A tiny pore model and a head; no parameter or buffer is left where an error in its use would not show."""
     torch.manual_seed(0)
-    model = PoreModel.of_size("tiny", dropout=0.0)
+    model = PoreModel.of_size("tiny", dropout=0.0, encoder=encoder)
     head = RepresentationHead(model.channels, chunk_len, REPRESENTATION)
     for module in (*model.modules(), *head.modules()):
         if isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
@@ -71,6 +73,11 @@ def assert_same(found, expected, **tolerance):
 # ----------------------------------------------------------------------------- references without padding or a mask
 
 
+def filled(signal, encoder):
+    """The last of the thin encoder's frames is filled up with zeros."""
+    return F.pad(signal, (0, -signal.shape[-1] % 8)) if encoder == "thin" else signal
+
+
 def plain_block(block, rows, stride, padding, activation):
     """Rows [(C, T_row)] through conv, BatchNorm over the frames of all rows, and the activation."""
     rows = [F.conv1d(row, block.conv.weight, None, stride, padding) for row in rows]
@@ -92,9 +99,9 @@ def plain_layer(layer, x):
 
 def plain(model, head, rows):
     """Context [(T_row, C)] and representations (N, R) of signals [(L_row,)], each of its own length."""
-    rows = [row[None] for row in rows]
-    for block, stride in zip(model.encoder.blocks, (2, 2, 2, 1), strict=True):
-        rows = plain_block(block, rows, stride, 1, F.gelu)
+    rows = [filled(row[None], model.encoder.kind) for row in rows]
+    for block, (_, stride, padding) in zip(model.encoder.blocks, BLOCKS[model.encoder.kind], strict=True):
+        rows = plain_block(block, rows, stride, padding, F.gelu)
     context = []
     for row in rows:
         x = row.T
@@ -128,11 +135,12 @@ def torch_layer(layer):
 # -------------------------------------------------------------------------------------------------------- masking
 
 
+@both_encoders
 @pytest.mark.parametrize("lengths", [LENGTHS, [93, 93, 93], [50, 31, 17]], ids=["mixed", "full", "none full"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_a_padded_batch_equals_its_rows_without_padding(training, lengths):
+def test_a_padded_batch_equals_its_rows_without_padding(training, lengths, encoder):
     """Outputs, gradients and running statistics; in training BatchNorm is over the valid frames of all rows."""
-    model, head = models(training)
+    model, head = models(training, encoder=encoder)
     plain_model, plain_head = copy.deepcopy((model, head))
     signal, lengths = batch(lengths)
     context, frame_lengths = model(signal, lengths)
@@ -149,9 +157,10 @@ def test_a_padded_batch_equals_its_rows_without_padding(training, lengths):
     assert_same(buffers(model, head), buffers(plain_model, plain_head))
 
 
+@both_encoders
 @torch.no_grad()
-def test_in_eval_each_row_alone_gives_what_the_padded_batch_gives():
-    model, head = models(training=False)
+def test_in_eval_each_row_alone_gives_what_the_padded_batch_gives(encoder):
+    model, head = models(training=False, encoder=encoder)
     signal, lengths = batch(LENGTHS)
     context, frame_lengths = model(signal, lengths)
     r = head(context, frame_lengths)
@@ -164,13 +173,14 @@ def test_in_eval_each_row_alone_gives_what_the_padded_batch_gives():
         torch.testing.assert_close(r[row], head(alone)[0])
 
 
+@both_encoders
 @pytest.mark.parametrize("garbage", [1e6, float("inf"), float("nan")])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_garbage_in_the_padding_changes_no_bit(training, garbage):
+def test_garbage_in_the_padding_changes_no_bit(training, garbage, encoder):
     """Neither of the outputs, the loss, the gradients nor the running statistics; the padding's gradient is zero."""
     results = []
     for filling in (0.0, garbage):
-        model, head = models(training, torch.float32)
+        model, head = models(training, torch.float32, encoder=encoder)
         signal, lengths = batch(LENGTHS, torch.float32, garbage=filling)
         signal.requires_grad_()
         context, frame_lengths = model(signal, lengths)
@@ -202,18 +212,19 @@ def test_the_head_ignores_the_padding_of_the_context(training):
     assert not context.grad.masked_select(padding).any()
 
 
+@both_encoders
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_full_lengths_none_and_torchs_own_layers_agree(training):
-    model, head = models(training)
+def test_full_lengths_none_and_torchs_own_layers_agree(training, encoder):
+    model, head = models(training, encoder=encoder)
     signal, lengths = batch([WIDTH] * 4)
-    encoder = nn.Sequential()
-    for block, stride in zip(model.encoder.blocks, (2, 2, 2, 1), strict=True):
+    plain_encoder = nn.Sequential()
+    for block, shape in zip(model.encoder.blocks, BLOCKS[encoder], strict=True):
         channels, inputs, _ = block.conv.weight.shape
-        encoder.extend([nn.Conv1d(inputs, channels, 3, stride, 1, bias=False), nn.BatchNorm1d(channels), nn.GELU()])
-    encoder.double().train(training).load_state_dict(
-        dict(zip(encoder.state_dict(), model.encoder.state_dict().values(), strict=True))
+        plain_encoder.extend([nn.Conv1d(inputs, channels, *shape, bias=False), nn.BatchNorm1d(channels), nn.GELU()])
+    plain_encoder.double().train(training).load_state_dict(
+        dict(zip(plain_encoder.state_dict(), model.encoder.state_dict().values(), strict=True))
     )
-    x = encoder(signal[:, None]).transpose(1, 2)
+    x = plain_encoder(filled(signal, encoder)[:, None]).transpose(1, 2)
     for layer in model.layers:
         x = torch.stack([plain_layer(layer, row) for row in x])
     expected = F.layer_norm(x, (128,), model.norm.weight, model.norm.bias)
@@ -221,7 +232,8 @@ def test_full_lengths_none_and_torchs_own_layers_agree(training):
         context, frame_lengths = copy.deepcopy(model)(signal, given)
         assert frame_lengths.tolist() == [12] * 4
         torch.testing.assert_close(context, expected)
-    torch.testing.assert_close(head(context, None), copy.deepcopy(models(training)[1])(context, frame_lengths))
+    again = models(training, encoder=encoder)[1]
+    torch.testing.assert_close(head(context, None), again(context, frame_lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -272,20 +284,23 @@ def test_dropout_acts_in_training_only():
 # --------------------------------------------------------------------------------------------------------- shapes
 
 
-def test_frames_of_is_the_number_of_frames_the_encoder_makes():
-    encoder = FeatureEncoder(8).eval()
+@both_encoders
+def test_frames_of_is_the_number_of_frames_the_encoder_makes(encoder):
+    encoder = FeatureEncoder(8, encoder).eval()
     lengths = [*range(1, 70), 3600]
     assert [frames_of(length) for length in lengths] == [encoder(torch.zeros(1, n))[0].shape[1] for n in lengths]
+    assert frames_of(torch.tensor(lengths)).equal(encoder(torch.zeros(len(lengths), 3600), torch.tensor(lengths))[1])
     assert frames_of(torch.tensor(lengths)).tolist() == [-(-length // 8) for length in lengths]
     assert frames_of(3600) == 450
 
 
+@pytest.mark.parametrize(("encoder", "before", "after"), [("wide", 15, 15), ("thin", 0, 7)])
 @pytest.mark.parametrize("frame", [10, 11])
-def test_a_frame_of_the_encoder_sees_31_samples_around_its_eighth(frame):
+def test_a_frame_sees_31_samples_around_its_first_or_with_the_thin_encoder_its_own_8(frame, encoder, before, after):
     torch.manual_seed(0)
     signal = torch.randn(1, 200, dtype=torch.float64, requires_grad=True)
-    FeatureEncoder(64).double().eval()(signal)[0][0, frame].sum().backward()
-    assert signal.grad[0].nonzero().flatten().tolist() == list(range(8 * frame - 15, 8 * frame + 16))
+    FeatureEncoder(64, encoder).double().eval()(signal)[0][0, frame].sum().backward()
+    assert signal.grad[0].nonzero().flatten().tolist() == list(range(8 * frame - before, 8 * frame + after + 1))
 
 
 @pytest.mark.parametrize("chunk_len", [25, 77, 93, 96, 100])
@@ -314,12 +329,16 @@ def test_attention_sees_how_far_apart_frames_are_and_not_where_they_stand():
 # ---------------------------------------------------------------------------------------------------------- sizes
 
 
+@both_encoders
 @pytest.mark.parametrize(
     ("size", "fewest", "most"), [("thesis", 31e6, 33e6), ("small", 2e6, 5e6), ("tiny", 0.25e6, 0.35e6)]
 )
-def test_a_saved_state_dict_rebuilds_every_size(size, fewest, most):
+def test_a_saved_state_dict_rebuilds_every_size(size, fewest, most, encoder):
     torch.manual_seed(0)
-    model = PoreModel.of_size(size)
+    model = PoreModel.of_size(size, encoder=encoder)
+    assert [tuple(block.conv.kernel_size + block.conv.stride) for block in model.encoder.blocks] == [
+        block[:2] for block in BLOCKS[encoder]
+    ]
     assert fewest < sum(p.numel() for p in model.parameters()) < most
     signal, lengths = batch([93, 40], torch.float32)
     model(signal, lengths)  # moves the running statistics, which have to be in the file
@@ -327,6 +346,7 @@ def test_a_saved_state_dict_rebuilds_every_size(size, fewest, most):
     torch.save(model.state_dict(), file)
     file.seek(0)
     rebuilt = PoreModel.from_state_dict(torch.load(file, weights_only=True))
+    assert rebuilt.encoder.kind == encoder
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(signal, lengths)[0], model.eval()(signal, lengths)[0])
 

@@ -225,7 +225,8 @@ class Run:
 def stop_if_not_finite(step, loss, terms):
     """InputError if the loss is infinite or not a number; the last checkpoint stays as it is."""
     if not torch.isfinite(loss):
-        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+        values = {name: value.item() if torch.is_tensor(value) else value for name, value in terms.items()}
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise InputError(f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32")
 
 

@@ -1,0 +1,132 @@
+"""What holds for all seven scripts: equal blocks, logged metrics, learning, resume, a loss that is not finite."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import InputError
+from common.data import open_data
+from common.pore_model import PoreModel
+from common.simulate import write_simulated
+from tests.linear_probe import examples_of, probe_accuracy
+
+TERMS = {
+    "cpc": {"accuracy", *(f"accuracy/{k}" for k in range(1, 9))},
+    "simclr": {"alignment", "uniformity", "top1"},
+    "moco": {"alignment", "uniformity", "top1", "top5"},
+    "simsiam": {"cosine1", "cosine2"},
+    "byol": {"cosine1", "cosine2"},
+    "dino": {"teacher_entropy", "kl"},
+    "barlow": {"invariance", "redundancy"},
+}
+METHODS = list(TERMS)
+# so that some seconds of training show: short queues and quick averages
+SETTINGS = {
+    "cpc": {"future_steps": 8, "chunk_len": 800},
+    "moco": {"representation": 64, "queue": 256, "momentum": 0.9},
+    "byol": {"representation": 256, "momentum": 0.95},
+    "dino": {"representation": 256, "momentum": 0.95, "student_temperature": 0.5, "teacher_temperature": 0.3},
+    "barlow": {"representation": 256},
+}
+# the loss of step 80 is at most this share of that of step 10
+FALLS_TO = {"cpc": 0.95, "simclr": 0.5, "moco": 0.6, "simsiam": 0.6, "byol": 0.7, "dino": 0.99, "barlow": 0.8}
+
+
+def script(method):
+    return importlib.import_module(method)
+
+
+def settings(method, data, folder, **changes):
+    common = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 32, "lr": 1e-3, "epochs": 100}
+    return script(method).Args(data=(data,), run_dir=folder, **common | SETTINGS.get(method, {}) | changes)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_marked_blocks_are_equal():
+    root = Path(__file__).parents[1]
+    marked = re.compile(r"^ *# ([^\n]*): equal in ([^\n]*)\n.*?^ *# End of (\1)\n", re.M | re.S | re.I)
+    found = {method: {m[1]: m for m in marked.finditer((root / f"{method}.py").read_text())} for method in METHODS}
+    text = {method: {title: m[0] for title, m in blocks.items()} for method, blocks in found.items()}
+    for title, block in found["barlow"].items():
+        assert block[2] == "all methods"
+        assert {text[method].get(title) for method in METHODS} == {block[0]}, title
+    for method in METHODS:
+        for title, block in found[method].items():
+            if block[2] != "all methods":
+                holders = {other for other in METHODS if title in text[other]}
+                assert holders == set(re.findall(r"(\w+)\.py", block[2])), title
+                assert len({text[other][title] for other in holders}) == 1, title
+    assert len(found["barlow"]) == 4
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """Labelled chunks of reads that no method is trained on."""
+    folder = tmp_path_factory.mktemp("probe")
+    write_simulated(folder / "probe.hdf5", reads=10, mean_bases=1000, seed=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        (store,) = open_data((folder / "probe.hdf5",))
+    return examples_of(store)
+
+
+@pytest.fixture(scope="module")
+def accuracy_of_random_weights(examples):
+    """The probe on the weights that all methods start from, their BatchNorm statistics those of the reads."""
+    torch.manual_seed(0)
+    pore_model = PoreModel.of_size("tiny")
+    with torch.no_grad():
+        for _ in range(30):
+            pore_model(examples[0][torch.randint(len(examples[0]), (32,))])
+    return probe_accuracy(pore_model, examples)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns(method, simulated, tmp_path, examples, accuracy_of_random_weights):
+    """The loss falls, and the features tell bases better than those the run started from."""
+    run = tmp_path / "run"
+    script(method).main(settings(method, simulated, run, max_steps=80))
+    steps = [line for line in metrics_of(run) if "loss" in line]
+    logged = {"step", "loss", "feature_spread", "effective_rank", "lr", "chunks_per_second"}
+    assert steps[0].keys() == logged | TERMS[method]
+    assert steps[-1]["loss"] < FALLS_TO[method] * steps[0]["loss"]
+    assert steps[-1]["feature_spread"] > 0.2
+    pore_model = PoreModel.from_state_dict(torch.load(run / "pore_model.pt", weights_only=True))
+    assert probe_accuracy(pore_model, examples) > accuracy_of_random_weights + 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_run_never_stopped(method, simulated, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    small = {"batch_size": 8, "chunk_len": 400} | ({} if method == "cpc" else {"representation": 32})
+    script(method).main(settings(method, simulated, whole, max_steps=20, **small))
+    script(method).main(settings(method, simulated, stopped, max_steps=13, **small))
+    script(method).main(settings(method, simulated, None, max_steps=20, resume=stopped, **small))
+    saved = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, stopped)]
+    for state in saved:
+        state["optimizer"] = state["optimizer"]["state"]
+        state.pop("log_bytes")
+    torch.testing.assert_close(*saved, rtol=0, atol=0)
+    torch.testing.assert_close(saved[0]["pore_model"], torch.load(stopped / "pore_model.pt"), rtol=0, atol=0)
+    logs = [[{**line, "chunks_per_second": 0} for line in metrics_of(folder)] for folder in (whole, stopped)]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(method, simulated, tmp_path, monkeypatch):
+    loss_function = getattr(script(method), f"{method}_loss")
+
+    def broken(*inputs):
+        loss, terms = loss_function(*inputs)
+        return loss * float("nan"), terms
+
+    monkeypatch.setattr(script(method), f"{method}_loss", broken)
+    with pytest.raises(InputError, match=r"step 1: the loss is nan \(\w+ [-0-9.]+"):
+        script(method).main(settings(method, simulated, tmp_path / "run", batch_size=4, chunk_len=400, max_steps=5))

@@ -13,10 +13,11 @@ Departures
    augmented view, as in the paper.
 2. From the paper: the loss is half of its ||q - z||^2, so that it goes from 2 (unrelated) to 0 (equal), as in the
    thesis; the momentum m is constant, as in the thesis, and does not rise to 1.
-3. From the paper: Adam at a constant rate, not LARS with warm-up and cosine; --warmup-steps and --cosine.
-4. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
+3. From the paper: Adam at a constant rate, not LARS; --warmup-steps and --cosine give the schedule.
+4. From the paper: head and predictor are R wide throughout, as in the thesis, not 4096 within and 256 at the end.
+5. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
    widths of the head that the thesis leaves open are chosen (see RepresentationHead), as is the batch size.
-5. The target's pore model has no dropout. Its BatchNorm normalises by its own batch.
+6. The target's pore model has no dropout: the aim should not depend on chance. Its BatchNorm uses its own batch.
 
 pore_model.pt holds the online pore model, target_pore_model.pt the target's: the thesis tried both in the basecaller.
 
@@ -114,7 +115,7 @@ class Predictor(nn.Sequential):
 def byol_loss(h1, h2, r1, r2):
     """BYOL's loss of the online predictions h1, h2 (N, R) and the target's representations r1, r2 (N, R) of two views.
 
-    2 - cosine1 - cosine2. It is 0 for equal views and for collapsed ones alike: only the feature spread tells.
+    2 - cosine1 - cosine2. It is 0 for equal views and for collapsed ones alike: feature spread and rank tell.
     """
     cosine1 = F.cosine_similarity(r1.detach().float(), h2.float()).mean()
     cosine2 = F.cosine_similarity(r2.detach().float(), h1.float()).mean()
@@ -157,7 +158,7 @@ def validate(args, models, chunks, device):
     losses = []
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
-            break  # the loss depends on the number of chunks
+            break  # so that every loss is of equally many chunks
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -209,10 +210,10 @@ def main(args):
     parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         first = state["step"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))
     # End of resume
     if args.compile:
         pore_model.compile(), target_pore_model.compile()
@@ -225,10 +226,13 @@ def main(args):
             for _ in range(2)
         )
         with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
+            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # online (N, R)
             h1, h2 = predictor(r1), predictor(r2)  # (N, R)
             with torch.no_grad():
-                t1, t2 = target_head(*target_pore_model(*view1)), target_head(*target_pore_model(*view2))  # (N, R)
+                t1, t2 = (
+                    target_head(*target_pore_model(*view1)),
+                    target_head(*target_pore_model(*view2)),
+                )  # r of the loss
         loss, terms = byol_loss(h1, h2, t1, t2)
         stop_if_not_finite(step, loss, terms)
 
@@ -254,7 +258,7 @@ def main(args):
         run.log(last, **validate(args, models, validation, device))
     run.save("pore_model.pt", pore_model.state_dict())
     run.save("target_pore_model.pt", target_pore_model.state_dict())
-    print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
+    print(f"pretrained weights: {run.folder / 'pore_model.pt'}, and the target's, target_pore_model.pt")
 
 
 if __name__ == "__main__":

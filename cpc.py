@@ -16,8 +16,9 @@ Departures
 2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer).
 3. From the paper: a transformer makes the context, not a GRU, as in the thesis; the negatives are the frames at the
    same place in the other chunks.
-4. The thesis leaves the learning rate open; 2e-4 is the paper's.
-5. In training BatchNorm's mean and variance are over all frames of the batch, the future's included. They are the same
+4. From the paper: 35 or 7 future steps, as in the thesis, not 12, and BatchNorm in the encoder.
+5. The thesis leaves the learning rate open; 2e-4 is the paper's.
+6. In training BatchNorm's mean and variance are over all frames of the batch, the future's included. They are the same
    for all chunks, so they cannot tell one from another.
 
 A frame of the wide encoder sees 31 samples, 15 of them after its first: up to three frames ahead share samples with the
@@ -88,7 +89,7 @@ class Args:
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
     # End of shared arguments
 
-    # Method specific arguments
+    # Method specific arguments, the first two with defaults of its own
     noise_factor: float = 0.0
     """standard deviation of noise added to the chunks, in normalised units; the thesis's CPC adds none"""
     drop_chance: tuple[float, float] = (0.0, 0.0)
@@ -157,7 +158,7 @@ def validate(args, models, chunks, device):
     sums, batches = {}, 0
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
-            break  # the loss depends on the number of chunks
+            break  # so that every loss is of equally many chunks
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1 = view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
@@ -194,7 +195,7 @@ def main(args):
     validation = Chunks(stores, args.chunk_len, "validation")
     steps_per_epoch = len(chunks) // args.batch_size
     if args.batch_size < 2:
-        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
+        raise InputError("--batch-size 1: the loss needs at least 2 chunks")
     if steps_per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
     drop = args.drop_chance[1]
@@ -219,13 +220,13 @@ def main(args):
     parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         first = state["step"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))
     # End of resume
     if args.compile:
-        pore_model.encoder.compile()
+        pore_model.encoder.compile()  # not the transformer, whose context has another length at each step
 
     for step in run.steps(first, last, args.batch_size):
         seed_step(args.seed, step)
@@ -257,8 +258,8 @@ def main(args):
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
         run.log(last, **metrics)
     chance = 1 / min(args.batch_size, len(validation))
-    draw_accuracy(metrics, args.future_steps, chance, run.folder / "accuracy.png")
     run.save("pore_model.pt", pore_model.state_dict())
+    draw_accuracy(metrics, args.future_steps, chance, run.folder / "accuracy.png")
     print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
 
 

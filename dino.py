@@ -8,7 +8,7 @@ from winning always, a low teacher temperature keeps the distribution from becom
 
     P_s(x) = softmax(s(x) / tau_s)      P_t(x) = softmax((t(x) - c) / tau_t), no gradient        (paper, eq. 1)
     loss = 1/2 ( H(P_t(x1), P_s(x2)) + H(P_t(x2), P_s(x1)) )      H(a, b) = -sum_d a_d log b_d   (paper, eq. 3)
-    c <- m_c c + (1 - m_c) mean of t over both views              theta_t <- m_t theta_t + (1 - m_t) theta_s  (eq. 4)
+    c <- m_c c + (1 - m_c) mean of t over both views (eq. 4)      theta_t <- m_t theta_t + (1 - m_t) theta_s
 
 Departures
 1. From the thesis: the centre is no part of the teacher, which would average it a second time, and the loss is the sum
@@ -18,8 +18,8 @@ Departures
 3. From the paper: two views of equal length, as in the thesis; no multi-crop.
 4. From the paper: the head is the thesis's, without L2 bottleneck and weight-normalised last layer; m_t and tau_t are
    constant, as in the thesis.
-5. From the paper: Adam at a constant rate, not AdamW with schedules; --warmup-steps and --cosine.
-6. The teacher's pore model has no dropout. Its BatchNorm normalises by its own batch.
+5. From the paper: Adam at a constant rate, not AdamW; --warmup-steps and --cosine give a schedule.
+6. The teacher's pore model has no dropout: the aim should not depend on chance. Its BatchNorm uses its own batch.
 
     python dino.py --data reads/ --lr 3e-5 --batch-size 32
 """
@@ -93,7 +93,7 @@ class Args:
     representation: int = 2048
     """R, classes of the distributions; the paper has 65536"""
     student_temperature: float = 0.1
-    """tau_s"""
+    """tau_s; with 0.5, and 0.3 for the teacher, training starts near uniform outputs, loss ln R"""
     teacher_temperature: float = 0.06
     """tau_t, below tau_s, so that the teacher is the surer of the two; lower works against uniform outputs"""
     center_momentum: float = 0.9
@@ -118,8 +118,8 @@ class Center(nn.Module):
 def dino_loss(s1, s2, t1, t2, center, student_temperature, teacher_temperature):
     """DINO's loss of the student's outputs s1, s2 and the teacher's t1, t2 of two views, each (N, R), and center (R,).
 
-    It is the sum of teacher_entropy and kl, the divergence of the student from the teacher. An entropy near 0 or near
-    ln R is a collapse.
+    It is the sum of teacher_entropy and kl, the divergence of the student from the teacher. An entropy near ln R is a
+    collapse, and so is one near 0 if it is the same class for all chunks, which the feature spread tells.
     """
     log1, log2 = (F.log_softmax(s.float() / student_temperature, dim=1) for s in (s1, s2))  # (N, R)
     p1, p2 = (F.softmax((t.detach().float() - center) / teacher_temperature, dim=1) for t in (t1, t2))  # (N, R)
@@ -164,7 +164,7 @@ def validate(args, models, chunks, device):
     losses = []
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
-            break  # the loss depends on the number of chunks
+            break  # so that every loss is of equally many chunks
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -216,10 +216,10 @@ def main(args):
     parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         first = state["step"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))
     # End of resume
     if args.compile:
         pore_model.compile(), teacher_pore_model.compile()
@@ -232,7 +232,7 @@ def main(args):
             for _ in range(2)
         )
         with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
+            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # s1, s2 (N, R)
             with torch.no_grad():
                 t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))  # (N, R)
         loss, terms = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)

@@ -254,7 +254,7 @@ def main(args):
     )
     first, best = 0, math.inf
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, best = state["step"], state["best"]

@@ -17,9 +17,9 @@ Departures
    widths of the head that the thesis leaves open are chosen (see RepresentationHead).
 3. From the paper: Adam at a constant rate, not SGD with steps; --warmup-steps and --cosine give a schedule.
 4. From the paper: queue and batch are the thesis's, 8192 and 32, not 65536 and 256.
-5. From the paper: shuffling BatchNorm (section 3.3) is an option, --key-groups; on one device, without it, a query
-   and its key are normalised together with the same chunks and may recognise each other by that.
-6. The key's pore model has no dropout: keys should be as alike as they can. Its BatchNorm normalises by its own batch.
+5. From the paper: shuffling BatchNorm (section 3.3) is an option, --batchnorm-groups; without it a query and its key
+   are normalised together with the same chunks and may recognise each other by that.
+6. The key's pore model has no dropout: a key should not depend on chance. Its BatchNorm uses its own batch.
 
     python moco.py --data reads/ --lr 3e-5 --batch-size 32
 """
@@ -98,8 +98,8 @@ class Args:
     """K, keys that a query is compared with besides its own; the oldest are K / batch size steps old"""
     momentum: float = 0.999
     """m, how much of the key's weights stays at each step; too low and the queue's keys no longer fit together"""
-    key_groups: int = 1
-    """encode keys in this many random groups, each with BatchNorm statistics of its own, against leakage; try 4"""
+    batchnorm_groups: int = 1
+    """encode the batch in this many groups, shuffled for the keys, each with its own BatchNorm statistics; try 4"""
 
 
 class Queue(nn.Module):
@@ -160,11 +160,9 @@ def update_average(average, model, momentum):
 # End of moving average
 
 
-@torch.no_grad()
-def encode_keys(pore_model, head, view2, groups):
-    """Keys (N, R) of a view, in `groups` random groups of equal size that share no BatchNorm statistics."""
-    order = torch.randperm(len(view2.signal), device=view2.signal.device)
-    parts = [head(*pore_model(view2.signal[rows], view2.lengths[rows])) for rows in order.chunk(groups)]
+def encode(pore_model, head, view1, order, groups):
+    """Representations (N, R) of a view; the `groups` equal parts of `order` (N,) share no BatchNorm statistics."""
+    parts = [head(*pore_model(view1.signal[rows], view1.lengths[rows])) for rows in order.chunk(groups)]
     return torch.cat(parts)[order.argsort()]
 
 
@@ -177,7 +175,7 @@ def validate(args, models, chunks, device):
     losses = []
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
-            break  # the loss depends on the number of chunks
+            break  # so that every loss is of equally many chunks
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -205,8 +203,8 @@ def main(args):
         raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
     if steps_per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
-    if args.batch_size % args.key_groups or args.batch_size // args.key_groups < 2:
-        raise InputError(f"--key-groups {args.key_groups}: should divide --batch-size into groups of 2 or more chunks")
+    if args.batch_size % args.batchnorm_groups or args.batch_size // args.batchnorm_groups < 2:
+        raise InputError(f"--batchnorm-groups {args.batchnorm_groups}: should cut --batch-size in groups of 2 or more")
     if args.queue < args.batch_size:
         raise InputError(f"--queue {args.queue}: should hold at least one batch, {args.batch_size} keys")
     total = args.epochs * steps_per_epoch
@@ -232,10 +230,10 @@ def main(args):
     parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         first = state["step"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))
     # End of resume
     if args.compile:
         pore_model.compile(), key_pore_model.compile()
@@ -248,8 +246,11 @@ def main(args):
             for _ in range(2)
         )
         with autocast(device, args.precision):
-            r1 = head(*pore_model(*view1))  # queries (N, R)
-            r2 = encode_keys(key_pore_model, key_head, view2, args.key_groups)  # keys (N, R)
+            order = torch.arange(args.batch_size, device=device)
+            r1 = encode(pore_model, head, view1, order, args.batchnorm_groups)  # queries (N, R)
+            with torch.no_grad():
+                order = torch.randperm(args.batch_size, device=device)
+                r2 = encode(key_pore_model, key_head, view2, order, args.batchnorm_groups)  # keys (N, R)
         loss, terms = moco_loss(r1, r2, queue.keys, args.temperature)
         stop_if_not_finite(step, loss, terms)
 

@@ -2,15 +2,16 @@
 Representations"; 2021 thesis).
 
 Two random views of each of N chunks go through the pore model and a head. Each of the 2N representations has to find,
-among the 2N - 1 others of the batch, the one that comes from the same chunk. The others push it away, so the features
-cannot collapse; the larger the batch, the harder the question.
+among the 2N - 1 others of the batch, the one that comes from the same chunk. All others push it away, which is what
+keeps the features apart; the larger the batch, the harder the question.
 
     s_ij = cos(z_i, z_j)
     l(i, j) = -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) )     i, j: views of one chunk (paper, eq. 1)
     loss = mean of l over the 2N ordered pairs of views
 
 Departures
-1. From the thesis: its sum includes k = i, which only adds a floor (at least ln 2 once the views agree) under the loss.
+1. From the thesis: its sum includes k = i, a constant exp(1 / tau) in the denominator. The loss could then not fall
+   below ln 2, and would pull views together that already agree.
 2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
    widths of the head that the thesis leaves open are chosen (see RepresentationHead).
 3. From the paper: Adam at a constant rate and batches of 32, as in the thesis, not LARS and 4096; --warmup-steps and
@@ -81,7 +82,7 @@ class Args:
 
     # Method specific arguments
     batch_size: int = 32
-    """chunks a step; each is compared with all others, so more chunks make the task harder and the features better"""
+    """chunks a step; each is compared with all others, so more chunks make the task harder"""
     lr: float = 3e-5
     """learning rate"""
     representation: int = 256
@@ -128,7 +129,7 @@ def validate(args, models, chunks, device):
     losses = []
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
-            break  # the loss depends on the number of chunks
+            break  # so that every loss is of equally many chunks
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -170,10 +171,10 @@ def main(args):
     parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         first = state["step"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))
     # End of resume
     if args.compile:
         pore_model.compile()

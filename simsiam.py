@@ -2,7 +2,7 @@
 
 Two random views of each chunk go through the pore model and a head. A small predictor has to tell, from the
 representation of one view, that of the other, which stands still: no gradient goes into it (sg, stop-gradient). There
-are no negatives and there is no teacher; the stop-gradient alone keeps the features from collapsing.
+are no negatives and there is no teacher; predictor and stop-gradient together keep the features from collapsing.
 
     D(p, z) = -cos(p, sg(z))                                                (paper, eqs. 1 and 3)
     loss = 2 + D(h1, x2) + D(h2, x1)        x: representations, h: what the predictor makes of them (twice eq. 4, + 2)
@@ -11,7 +11,7 @@ Departures
 1. From the paper: the loss is 2 + twice the paper's, so that it goes from 2 (unrelated) to 0 (equal), as in the thesis.
 2. From the paper: the predictor is as wide as the representation, as in the thesis, not a bottleneck of a quarter; the
    head has no BatchNorm at its end.
-3. From the paper: Adam at a constant rate, as in the thesis, not SGD with a cosine; --warmup-steps and --cosine.
+3. From the paper: Adam at a constant rate, as in the thesis, not SGD with a cosine; --cosine gives the schedule.
 4. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
    widths of the head that the thesis leaves open are chosen (see RepresentationHead).
 
@@ -106,7 +106,7 @@ class Predictor(nn.Sequential):
 def simsiam_loss(x1, x2, h1, h2):
     """SimSiam's loss of representations x1, x2 (N, R) of two views and what the predictor makes of each, h1, h2 (N, R).
 
-    2 - cosine1 - cosine2. It is 0 for equal views and for collapsed ones alike: only the feature spread tells.
+    2 - cosine1 - cosine2. It is 0 for equal views and for collapsed ones alike: feature spread and rank tell.
     """
     cosine1 = F.cosine_similarity(x1.detach().float(), h2.float()).mean()
     cosine2 = F.cosine_similarity(x2.detach().float(), h1.float()).mean()
@@ -135,7 +135,7 @@ def validate(args, models, chunks, device):
     losses = []
     for number, batch in enumerate(chunks.tiles(args.batch_size)):
         if len(batch.signal) < args.batch_size and number > 0:
-            break  # the loss depends on the number of chunks
+            break  # so that every loss is of equally many chunks
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -183,10 +183,10 @@ def main(args):
     parts = models | {"optimizer": optimizer}
     first = 0
     if args.resume:
-        state = run.resume(device)
+        state = run.resume(device, last)
         first = state["step"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.pop(name))
     # End of resume
     if args.compile:
         pore_model.compile()
@@ -199,7 +199,7 @@ def main(args):
             for _ in range(2)
         )
         with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
+            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # x1, x2 (N, R)
             h1, h2 = predictor(r1), predictor(r2)  # (N, R)
         loss, terms = simsiam_loss(r1, r2, h1, h2)
         stop_if_not_finite(step, loss, terms)

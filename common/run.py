@@ -175,12 +175,16 @@ class Run:
                 project="poressl", name=self.folder.name, config=dataclasses.asdict(args), dir=self.folder
             )
 
-    def resume(self, device):
-        """The last checkpoint's state on `device`; the log is cut back to what it was then."""
+    def resume(self, device, last):
+        """The last checkpoint's state on `device`, to go on to step `last`; the log is cut back to what it was then."""
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             raise InputError(f"--resume {self.folder}: stopped before its first checkpoint; start a new run")
         state = load_tensors(path, device)
+        if state["script"] != self.script:
+            raise InputError(f"--resume {self.folder}: a run of {state['script']}.py; go on with that")
+        if state["step"] > last:
+            raise InputError(f"--max-steps {last}: the run in {self.folder} is at step {state['step']} already")
         with open(self.folder / "metrics.jsonl", "a") as log:
             log.truncate(state["log_bytes"])
         print(f"going on after step {state['step']}")
@@ -189,7 +193,8 @@ class Run:
     def checkpoint(self, step, **state):
         """Writes checkpoint.pt: all that the script needs to go on after `step`."""
         log = self.folder / "metrics.jsonl"
-        self.save("checkpoint.pt", state | {"step": step, "log_bytes": log.stat().st_size if log.exists() else 0})
+        log_bytes = log.stat().st_size if log.exists() else 0
+        self.save("checkpoint.pt", state | {"script": self.script, "step": step, "log_bytes": log_bytes})
 
     def steps(self, first, last, batch_size):
         """Yields the steps first + 1 ... last under a progress bar; batch_size is for the logged chunks a second."""

@@ -382,8 +382,8 @@ def test_a_batch_of_one_chunk_has_no_statistics(refused, simulated):
     [
         ("cpc", "--future-steps 50"),
         ("cpc", "--future-steps 30 --drop-chance 0.25 0.38"),
-        ("moco", "--key-groups 3"),
-        ("moco", "--key-groups 4"),
+        ("moco", "--batchnorm-groups 3"),
+        ("moco", "--batchnorm-groups 4"),
         ("moco", "--queue 3"),
         ("moco", "--momentum 1.1"),
         ("dino", "--center-momentum -0.1"),

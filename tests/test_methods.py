@@ -32,8 +32,8 @@ SETTINGS = {
     "dino": {"representation": 256, "momentum": 0.95, "student_temperature": 0.5, "teacher_temperature": 0.3},
     "barlow": {"representation": 256},
 }
-# the loss of step 80 is at most this share of that of step 10
-FALLS_TO = {"cpc": 0.95, "simclr": 0.5, "moco": 0.6, "simsiam": 0.6, "byol": 0.7, "dino": 0.99, "barlow": 0.8}
+# the loss of step 80 is at most this share of that of step 10; measured: 0.79 0.17 0.31 0.31 0.38 0.78 0.45
+FALLS_TO = {"cpc": 0.9, "simclr": 0.4, "moco": 0.6, "simsiam": 0.6, "byol": 0.65, "dino": 0.9, "barlow": 0.7}
 
 
 def script(method):
@@ -105,7 +105,7 @@ def test_it_learns(method, simulated, tmp_path, examples, accuracy_of_random_wei
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_run_never_stopped(method, simulated, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    small = {"batch_size": 8, "chunk_len": 400} | ({} if method == "cpc" else {"representation": 32})
+    small = {"batch_size": 14, "chunk_len": 400} | ({} if method == "cpc" else {"representation": 32})
     script(method).main(settings(method, simulated, whole, max_steps=20, **small))
     script(method).main(settings(method, simulated, stopped, max_steps=13, **small))
     script(method).main(settings(method, simulated, None, max_steps=20, resume=stopped, **small))
@@ -116,7 +116,29 @@ def test_a_resumed_run_is_the_run_never_stopped(method, simulated, tmp_path):
     torch.testing.assert_close(*saved, rtol=0, atol=0)
     torch.testing.assert_close(saved[0]["pore_model"], torch.load(stopped / "pore_model.pt"), rtol=0, atol=0)
     logs = [[{**line, "chunks_per_second": 0} for line in metrics_of(folder)] for folder in (whole, stopped)]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[0]] == [10, 16, 20, 20]  # an epoch has 16 steps
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_in_bfloat16_train_and_the_loss_is_nearly_that_of_float32(method, simulated, tmp_path):
+    losses = []
+    for precision in ("bf16", "fp32"):
+        changes = {"batch_size": 8, "max_steps": 10, "precision": precision, "lr": 1e-5}
+        script(method).main(settings(method, simulated, tmp_path / precision, **changes))
+        losses.append(metrics_of(tmp_path / precision)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
+def test_a_run_goes_on_with_its_own_script_and_not_backwards(simulated, tmp_path):
+    run = tmp_path / "run"
+    script("simsiam").main(settings("simsiam", simulated, run, batch_size=4, max_steps=2))
+    log = (run / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match=r"a run of simsiam\.py; go on with that"):
+        script("byol").main(settings("byol", simulated, None, batch_size=4, max_steps=3, resume=run))
+    with pytest.raises(InputError, match=r"--max-steps 1: the run in .* is at step 2 already"):
+        script("simsiam").main(settings("simsiam", simulated, None, batch_size=4, max_steps=1, resume=run))
+    assert (run / "metrics.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -34,15 +34,16 @@ def smoothed(values):
 def plot(runs, out):
     """Draws the three panels of `runs` ({label: run folder}) to the file `out`."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for number, (label, folder) in enumerate(runs.items()):
+    colours = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
+    for colour, (label, folder) in zip(colours, runs.items(), strict=False):
         metrics = read_metrics(folder)
         for axis, key in zip(axes, PANELS, strict=True):
             steps = [line["step"] for line in metrics if key in line]
             values = [line[key] for line in metrics if key in line]
             if key == "loss":
-                axis.plot(steps, values, color=f"C{number}", alpha=0.2)
+                axis.plot(steps, values, color=colour, alpha=0.2)
                 values = smoothed(values)
-            axis.plot(steps, values, color=f"C{number}", label=label)
+            axis.plot(steps, values, color=colour, label=label)
     for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set(xlabel="fine-tuning step", ylabel=title)
         axis.grid(alpha=0.3)

@@ -128,7 +128,7 @@ def moco_loss(q, k, queue, temperature):
     positive = (q * k).sum(1, keepdim=True)  # (N, 1)
     s = torch.cat([positive, q @ queue.detach().float().T], dim=1) / temperature  # (N, K + 1)
     alignment, uniformity = -s[:, 0].mean(), s.logsumexp(1).mean()
-    better = (s[:, 1:] >= s[:, :1]).sum(1)  # (N,) keys more similar than the right one; a tie is no success
+    better = (s[:, 1:] > s[:, :1] - 1e-4).sum(1)  # (N,) keys more similar than the right one, or as similar
     top1, top5 = (better < 1).float().mean(), (better < 5).float().mean()
     return alignment + uniformity, {"alignment": alignment, "uniformity": uniformity, "top1": top1, "top5": top5}
 

@@ -180,7 +180,7 @@ def test_groups_have_statistics_of_their_own_and_rows_return_in_order(key_model)
 
 def test_a_key_meets_the_queue_before_it_enters_and_its_model_follows(simulated, tmp_path, monkeypatch):
     """With momentum 0 all parameters of the key's models are the query's; all their buffers are their own."""
-    seen, views, orders = [], [], ([], [])
+    seen, views, orders, heads = [], [], ([], []), (set(), set())
     view = moco.view
 
     def loss(q, k, queue, temperature):
@@ -193,6 +193,7 @@ def test_a_key_meets_the_queue_before_it_enters_and_its_model_follows(simulated,
         assert view1 is views[-1 if of_keys else -2] and groups == 2
         assert of_keys != any(module.p for module in pore_model.modules() if isinstance(module, nn.Dropout))
         orders[of_keys].append(order.tolist())
+        heads[of_keys].add(head)
         return encode(pore_model, head, view1, order, groups)
 
     monkeypatch.setattr(moco, "moco_loss", loss)
@@ -208,6 +209,7 @@ def test_a_key_meets_the_queue_before_it_enters_and_its_model_follows(simulated,
     }
     run = tmp_path / "run"
     moco.main(Args(data=(simulated,), run_dir=run, size="tiny", device="cpu", chunk_len=400, **settings))
+    assert not heads[0] & heads[1]
     assert orders[0] == [[0, 1, 2, 3]] * 3
     assert len({tuple(order) for order in orders[1]}) > 1 and all(sorted(order) == [0, 1, 2, 3] for order in orders[1])
     (k1, queue1), (k2, queue2), (_, queue3) = seen

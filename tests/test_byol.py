@@ -12,84 +12,12 @@ from common.pore_model import PoreModel, RepresentationHead
 from common.run import seed_step
 
 
-def reference_terms(h1, h2, r1, r2):
-    """Mean cosine of r1 and h2 and of r2 and h1, row by row, in float64."""
-    cosines = []
-    for r, h in ((r1, h2), (r2, h1)):
-        total = 0.0
-        for a, b in zip(r, h, strict=True):
-            dot, aa, bb = (sum(u * v for u, v in zip(p, q, strict=True)) for p, q in ((a, b), (a, a), (b, b)))
-            total += dot / np.sqrt(aa * bb)
-        cosines.append(total / len(r))
-    return cosines
-
-
-@pytest.fixture
-def four():
-    """h1, h2, r1, r2 (10, 7), no two of them alike."""
-    rng = np.random.default_rng(0)
-    h1 = rng.normal(1.0, 2.0, (10, 7))
-    return [h1, *(h1 + rng.normal(0.0, scale, h1.shape) for scale in (1.0, 2.0, 3.0))]
-
-
-def loss_of(*arrays):
-    return byol_loss(*(torch.as_tensor(array).float() for array in arrays))[0].item()
-
-
-def test_loss_terms_and_gradient_equal_float64_numpy(four):
-    h1, h2, r1, r2 = (torch.tensor(array, dtype=torch.float32, requires_grad=True) for array in four)
-    loss, terms = byol_loss(h1, h2, r1, r2)
-    cosine1, cosine2 = reference_terms(*four)
-    assert [terms["cosine1"].item(), terms["cosine2"].item()] == pytest.approx([cosine1, cosine2], rel=1e-5)
-    assert loss.item() == pytest.approx(2 - cosine1 - cosine2, rel=1e-5)
-    loss.backward()
-    assert r1.grad is None and r2.grad is None
-    for number, h in ((0, h1), (1, h2)):
-        for row, column in ((0, 0), (3, 5), (9, 6)):
-            up, down = ([array.copy() for array in four] for _ in range(2))
-            up[number][row, column] += 1e-5
-            down[number][row, column] -= 1e-5
-            slope = (sum(reference_terms(*down)) - sum(reference_terms(*up))) / 2e-5
-            assert h.grad[row, column].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
-
-
-def test_loss_is_half_of_the_papers(four):
+def test_loss_is_half_of_the_papers():
     """Equation 2 of the paper, ||h - r||^2 of unit vectors, and its mirror image."""
-    h1, h2, r1, r2 = (array / np.linalg.norm(array, axis=1, keepdims=True) for array in four)
+    four = np.random.default_rng(0).normal(0.5, 1.0, (4, 10, 7))
+    h1, h2, r1, r2 = four / np.linalg.norm(four, axis=2, keepdims=True)
     paper = (np.square(h1 - r2).sum(1) + np.square(h2 - r1).sum(1)).mean()
-    assert loss_of(*four) == pytest.approx(paper / 2, rel=1e-5)
-
-
-def test_loss_is_0_for_equal_2_for_orthogonal_and_4_for_opposite_views():
-    torch.manual_seed(0)
-    x = torch.randn(6, 4)
-    left, right = torch.eye(8)[:4], torch.eye(8)[4:]
-    assert loss_of(x, x, x, x) == pytest.approx(0, abs=1e-6)
-    assert loss_of(left, left, right, right) == pytest.approx(2)
-    assert loss_of(x, x, -x, -x) == pytest.approx(4)
-
-
-def test_the_prediction_of_one_view_is_compared_with_the_target_of_the_other():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 6, 50)
-    assert loss_of(a, b, b, a) == pytest.approx(0, abs=1e-6)
-    assert loss_of(a, b, a, b) > 1
-
-
-def test_loss_ignores_the_length_of_each_row_and_the_order_of_the_batch(four):
-    loss = loss_of(*four)
-    rng = np.random.default_rng(1)
-    assert loss_of(*(array * rng.uniform(0.1, 10, (10, 1)) for array in four)) == pytest.approx(loss, rel=1e-5)
-    order = rng.permutation(10)
-    assert loss_of(*(array[order] for array in four)) == pytest.approx(loss, rel=1e-5)
-    h1, h2, r1, r2 = four
-    assert loss_of(h2, h1, r2, r1) == pytest.approx(loss, rel=1e-5)
-    assert loss_of(h1[order], h2[order], r1, r2) != pytest.approx(loss, rel=1e-2)
-
-
-def test_loss_is_computed_in_float32_from_bfloat16(four):
-    low = [torch.tensor(array).bfloat16() for array in four]
-    assert torch.equal(byol_loss(*low)[0], byol_loss(*(array.float() for array in low))[0])
+    assert byol_loss(*torch.tensor(four))[0].item() == pytest.approx(paper / 2, rel=1e-5)
 
 
 def small_args(data, folder, **changes):

@@ -1,5 +1,7 @@
 """Views of a chunk: what each augmentation does to the valid samples of each row, and that it does nothing else."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from common.augment import (
     view,
 )
 from common.pore_model import valid_positions
+from common.simulate import SIGNAL_BASE, kmer_levels, simulate_read
 
 WIDTH, LENGTHS = 403, torch.tensor([403, 250, 97, 8, 5, 1] * 4)
 ALL = {"noise": noise, "drop-points": drop_points, **EXTRA}
@@ -262,3 +265,26 @@ def test_a_flip_turns_half_of_the_rows_and_undoes_itself(flip, reference):
     assert abs(turned - 1000) < 5 * 500**0.5
     torch.manual_seed(1)
     assert torch.equal(flip(out, lengths)[0], signal)
+
+
+def test_the_figures_of_the_page_on_augmentations():
+    """docs/augmentations.md: what the views do to the levels, the dwell times and the places of a chunk."""
+    rng = np.random.default_rng(0)
+    _, starts = simulate_read(rng, rng.integers(0, 4, 200_000))
+    dwell = np.diff(starts)
+    for chance, lost in ((0.25, 0.02), (0.38, 0.04)):
+        assert np.mean(chance ** dwell[dwell > 0]) == pytest.approx(lost, abs=0.01)
+
+    kmers = np.array(list(itertools.product(range(4), repeat=6)))
+    levels = {tuple(kmer): kmer_levels(kmer)[SIGNAL_BASE] for kmer in kmers}
+    table = np.array(list(levels.values()))
+    reverse, complement = ([levels[tuple(kmer)] for kmer in other] for other in (kmers[:, ::-1], 3 - kmers))
+    assert np.corrcoef(table, reverse)[0, 1] == pytest.approx(-0.07, abs=0.005)
+    assert np.corrcoef(table, complement)[0, 1] == pytest.approx(-0.66, abs=0.005)
+    following = np.array([[levels[(*kmer[1:], base)] for base in range(4)] for kmer in kmers])
+    assert np.mean(abs(following - table[:, None]) < 0.25) == pytest.approx(1 / 7, abs=0.02)
+
+    length = rng.uniform(0.5, 1, (2, 100_000))
+    start = rng.uniform(0, 1 - length)
+    both = np.minimum(*(start + length)) - np.maximum(*start)
+    assert both.mean() == pytest.approx(0.63, abs=0.01)

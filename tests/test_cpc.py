@@ -1,7 +1,5 @@
 """CPC: the loss against NumPy, contexts that see no future, the present frame, and the defaults of a run."""
 
-import json
-
 import matplotlib.image
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import torch
 from torch import nn
 
 import cpc
+from benchmark.plot_runs import read_metrics
 from common.data import Batch, Chunks, open_data
 from common.pore_model import PoreModel, valid_positions
 from cpc import Args, Prediction, cpc_loss, draw_accuracy, future_and_context, main, random_present, validate
@@ -280,7 +279,7 @@ def small_args(data, folder, **changes):
 def test_a_run_predicts_35_wide_or_7_thin_frames_trains_all_and_draws_the_accuracies(simulated, tmp_path, encoder):
     args = small_args(simulated, tmp_path / "run", encoder=encoder)
     main(args)
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    metrics = read_metrics(tmp_path / "run")[-1]
     steps = STEPS[encoder]
     names = {"loss", "accuracy", *(f"accuracy/{k}" for k in range(1, steps + 1))}
     assert {key for key in metrics if key.startswith("validation/")} == {f"validation/{name}" for name in names}

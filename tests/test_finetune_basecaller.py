@@ -1,13 +1,13 @@
 """The basecaller: CTC against enumeration, its head and schedule, and runs that learn, freeze and resume."""
 
 import itertools
-import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from benchmark.plot_runs import read_metrics
 from common import InputError
 from common.pore_model import PoreModel
 from common.run import parse_args
@@ -97,16 +97,12 @@ def small_args(data, folder, **changes):
 
 
 def lines_but_rates(folder):
-    return [{key: x for key, x in line.items() if key != "chunks_per_second"} for line in metrics_of(folder)]
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key != "chunks_per_second"} for line in read_metrics(folder)]
 
 
 def test_a_short_run_learns_and_writes_best_and_last(simulated, tmp_path):
     main(small_args(simulated, tmp_path / "run", lr=3e-3, epochs=8))
-    validated = [line for line in metrics_of(tmp_path / "run") if "validation/loss" in line]
+    validated = [line for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
     assert validated[-1]["validation/loss"] < 1.36 < np.log(4)  # ln 4 a base: all that is known without the signal
     assert {"validation/identity_mean", "validation/identity_median", "validation/infeasible"} < validated[0].keys()
     for name in ("basecaller.pt", "basecaller_last.pt"):

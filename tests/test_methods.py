@@ -1,13 +1,13 @@
 """What holds for all seven scripts: equal blocks, logged metrics, learning, resume, a loss that is not finite."""
 
 import importlib
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmark.plot_runs import read_metrics
 from common import InputError
 from common.data import open_data
 from common.pore_model import PoreModel
@@ -43,10 +43,6 @@ def script(method):
 def settings(method, data, folder, **changes):
     common = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 32, "lr": 1e-3, "epochs": 100}
     return script(method).Args(data=(data,), run_dir=folder, **common | SETTINGS.get(method, {}) | changes)
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_marked_blocks_are_equal():
@@ -93,7 +89,7 @@ def test_it_learns(method, simulated, tmp_path, examples, accuracy_of_random_wei
     """The loss falls, and the features tell bases better than those the run started from."""
     run = tmp_path / "run"
     script(method).main(settings(method, simulated, run, max_steps=80))
-    steps = [line for line in metrics_of(run) if "loss" in line]
+    steps = [line for line in read_metrics(run) if "loss" in line]
     logged = {"step", "loss", "feature_spread", "effective_rank", "lr", "chunks_per_second"}
     assert steps[0].keys() == logged | TERMS[method]
     assert steps[-1]["loss"] < FALLS_TO[method] * steps[0]["loss"]
@@ -115,7 +111,7 @@ def test_a_resumed_run_is_the_run_never_stopped(method, simulated, tmp_path):
         del state["log_bytes"], state["script"]
     torch.testing.assert_close(*saved, rtol=0, atol=0)
     torch.testing.assert_close(saved[0]["pore_model"], torch.load(stopped / "pore_model.pt"), rtol=0, atol=0)
-    logs = [[{**line, "chunks_per_second": 0} for line in metrics_of(folder)] for folder in (whole, stopped)]
+    logs = [[{**line, "chunks_per_second": 0} for line in read_metrics(folder)] for folder in (whole, stopped)]
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == [10, 17, 20, 20]  # an epoch has 17 steps
 
@@ -126,7 +122,7 @@ def test_models_in_bfloat16_train_and_the_loss_is_nearly_that_of_float32(method,
     for precision in ("bf16", "fp32"):
         changes = {"batch_size": 8, "max_steps": 10, "precision": precision, "lr": 1e-5}
         script(method).main(settings(method, simulated, tmp_path / precision, **changes))
-        losses.append(metrics_of(tmp_path / precision)[0]["loss"])
+        losses.append(read_metrics(tmp_path / precision)[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
 
 

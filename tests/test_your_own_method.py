@@ -1,7 +1,6 @@
 """docs/your_own_method.md: VICReg, made out of barlow.py by the page's own diff, is right, learns and resumes."""
 
 import importlib.util
-import json
 import re
 import sys
 from difflib import ndiff
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmark.plot_runs import read_metrics
 from common.pore_model import PoreModel
 
 ROOT = Path(__file__).parents[1]
@@ -146,17 +146,13 @@ def run(vicreg, monkeypatch, *words):
     vicreg.main(vicreg.parse_args(vicreg.Args))
 
 
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 SMALL = ("--size", "tiny", "--device", "cpu", "--chunk-len", 400, "--batch-size", 32, "--representation", 64)
 
 
 def test_a_short_run_learns_without_collapse_and_its_pore_model_loads(vicreg, simulated, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     run(vicreg, monkeypatch, "--data", simulated, *SMALL, "--lr", 1e-3, "--max-steps", 40, "--run-dir", folder)
-    metrics = [line for line in metrics_of(folder) if "loss" in line]
+    metrics = [line for line in read_metrics(folder) if "loss" in line]
     logged = {"invariance", "variance", "covariance", "feature_spread", "effective_rank", "lr", "chunks_per_second"}
     assert metrics[0].keys() == {"step", "loss"} | logged
     for line in metrics:
@@ -175,5 +171,5 @@ def test_a_resumed_run_is_the_run_never_stopped(vicreg, simulated, tmp_path, mon
     run(vicreg, monkeypatch, "--resume", stopped, "--max-steps", 10)
     weights = [torch.load(folder / "pore_model.pt", weights_only=True) for folder in (whole, stopped)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    logs = [[{**line, "chunks_per_second": 0} for line in metrics_of(folder)] for folder in (whole, stopped)]
+    logs = [[{**line, "chunks_per_second": 0} for line in read_metrics(folder)] for folder in (whole, stopped)]
     assert logs[0] == logs[1] and "loss" in logs[0][-2]

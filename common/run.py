@@ -216,6 +216,7 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if "validation/loss" in metrics:
+            # a name with a second slash is one of many
             shown = [name for name in metrics if name.startswith("validation/") and name.count("/") == 1]
             shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
             tqdm.write(f"step {step}: {shown}")

@@ -1,7 +1,8 @@
 """Raw reads in, a read store out, or Bonito's training arrays; with an account of what was left out, and an audit.
 
     python prepare_data.py reads/ more.pod5 -o store/
-    python prepare_data.py mapped.hdf5 -o arrays/ --bonito
+    python prepare_data.py reads/ --bam calls.bam -o store/
+    python prepare_data.py store/ -o arrays/ --bonito
 
 Scripts that are given raw reads prepare them on their own, once. Do it yourself to see the audit, to keep the store
 where you like, or for data so large that reading all of it to find the prepared copy takes long.
@@ -17,7 +18,8 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
-from common.data import Chunks, NpyWriter, ctc_steps_needed, open_data, prepare, written_whole
+from common.bam import Basecalls
+from common.data import Chunks, NpyWriter, ctc_steps_needed, is_bonito, open_data, prepare, written_whole
 from common.pore_model import frames_of
 from common.run import parse_args
 
@@ -31,7 +33,16 @@ class Args:
     chunk_len: int = 3600
     """samples a chunk; reads shorter than one are left out"""
     labelled_only: bool = False
-    """leave out reads without bases, as --bonito always does"""
+    """leave out reads without bases, as --bonito and --bam always do"""
+    bam: tuple[Path, ...] = ()
+    """basecalls of the reads with move tables (dorado basecaller --emit-moves), files or folders of them: their bases
+    become the labels, or where they are aligned the reference's"""
+    reference: Path | None = None
+    """FASTA of what the BAM is aligned to; not needed if it has MD tags"""
+    min_coverage: float = 0.5
+    """leave out aligned reads with less than this share of the called bases in the alignment"""
+    min_identity: float = 0.7
+    """leave out aligned reads with less than this share of matches in the alignment"""
     bonito: bool = False
     """write the labelled reads as Bonito's training arrays: chunks.npy, references.npy, reference_lengths.npy"""
 
@@ -90,13 +101,24 @@ def main(args):
         raise InputError("no input; name raw files, folders of them or a read store")
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists; choose another folder or remove it")
+    basecalls = None
+    if args.bam:
+        if args.bonito:
+            raise InputError("--bonito: not with --bam; prepare a read store with --bam, then give that with --bonito")
+        if any(is_bonito(path) for path in args.data):
+            raise InputError("--bam: Bonito's arrays have bases of their own; give raw reads")
+        basecalls = Basecalls(args.bam, args.reference, args.min_coverage, args.min_identity)
+    elif args.reference:
+        raise InputError("--reference: has no use without --bam")
     if args.bonito:
         stores = open_data(args.data)
         write_bonito(stores, args.out, args.chunk_len)
     else:
-        stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only)]
+        stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only, basecalls)]
     for store in stores:
         print("\n".join(store.report()))
+    if basecalls:
+        print(basecalls.report(read_id.decode() for read_id in stores[0].reads["id"]))
     print("audit:")
     audit(stores, args.chunk_len)
     print(f"wrote {args.out}")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class RawRead:
     offset: float
     scale: float  # pA per unit: range / digitisation
     sample_rate: float
+    rna: bool = False  # direct RNA passes the pore from 3' to 5'
     bases: np.ndarray | None = None  # (bases,) uint8
     base_starts: np.ndarray | None = None  # (bases + 1,) int64, the last is the end of the last base
 
@@ -86,6 +88,17 @@ def raw_reads(path):
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason}); fetch or write it again") from error
 
 
+def reads_of(path, named):
+    """raw_reads(path), but a file that cannot be opened, and was not `named` itself, is passed over with a line."""
+    try:
+        yield from raw_reads(path)
+    except InputError as error:
+        if named:
+            raise
+        tqdm.write(f"passed over: {error}", file=sys.stderr)
+        yield Rejected(str(path), "in files that cannot be read")
+
+
 def count_reads(path):
     """How many reads a raw file says it has, for a progress bar; 0 if it cannot be told."""
     try:
@@ -108,6 +121,7 @@ def _pod5_reads(path):
                     read.calibration.offset,
                     read.calibration.scale,
                     read.run_info.sample_rate,
+                    _is_rna(read.run_info.context_tags | {"kit": read.run_info.sequencing_kit}),
                 )
             except (RuntimeError, ValueError, OSError) as error:
                 yield Rejected(str(read.read_id), f"corrupt: {_first_line(error)}")
@@ -141,19 +155,27 @@ def _first_line(error):
     return (str(error) or type(error).__name__).strip("'\"").splitlines()[0]
 
 
-def _hdf5_raw(read_id, signal, calibration, sample_rate):
+def _is_rna(tags):
+    """Whether the sequencer's context tags name a kit, or a sort of experiment, for direct RNA."""
+    named = (tags.get(name, "") for name in ("kit", "sequencing_kit", "experiment_type", "experiment_kit"))
+    return any("rna" in (name.decode() if isinstance(name, bytes) else str(name)).lower() for name in named)
+
+
+def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=()):
     if signal.ndim != 1 or signal.dtype.kind not in "iu":
         raise ValueError("the signal is not a row of integers")
     if not {"range", "offset", "digitisation"} <= set(calibration):
         return Rejected(read_id, "no calibration")
     scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
-    return RawRead(read_id, signal[:], float(calibration["offset"]), scale, float(sample_rate))
+    rna = _is_rna(dict(context_tags))
+    return RawRead(read_id, signal[:], float(calibration["offset"]), scale, float(sample_rate), rna)
 
 
 def _multi_read(file, name):
     read = file[name]
     channel = read["channel_id"].attrs
-    return _hdf5_raw(name.removeprefix("read_"), read["Raw/Signal"], channel, channel["sampling_rate"])
+    tags = read["context_tags"].attrs if "context_tags" in read else {}
+    return _hdf5_raw(name.removeprefix("read_"), read["Raw/Signal"], channel, channel["sampling_rate"], tags)
 
 
 def _single_read(file, name):
@@ -161,7 +183,8 @@ def _single_read(file, name):
     read_id = raw.attrs["read_id"]
     channel = file["UniqueGlobalKey/channel_id"].attrs
     read_id = read_id.decode() if isinstance(read_id, bytes) else str(read_id)
-    return _hdf5_raw(read_id, raw["Signal"], channel, channel["sampling_rate"])
+    tags = file["UniqueGlobalKey/context_tags"].attrs if "UniqueGlobalKey/context_tags" in file else {}
+    return _hdf5_raw(read_id, raw["Signal"], channel, channel["sampling_rate"], tags)
 
 
 def _mapped_read(file, name):
@@ -257,8 +280,17 @@ def written_whole(folder, advice):
 
 
 def hash_of(read_id):
-    """64 bits that depend on the read's id (bytes) alone: a read stays in its split when data is added."""
-    return int.from_bytes(hashlib.blake2b(read_id, digest_size=8).digest(), "little")
+    """64 bits that depend on the read's id (bytes) alone: a read stays in its split when data is added.
+
+    What follows a colon, the place of a part in a split read, does not count: parts stay with the read and each other.
+    """
+    return int.from_bytes(hashlib.blake2b(read_id.partition(b":")[0], digest_size=8).digest(), "little")
+
+
+def in_validation(reads):
+    """Which rows of a table of READ_DTYPE belong to the validation split, (reads,) bool."""
+    high = np.array([hash_of(read_id) >> 32 for read_id in reads["id"]]) / 2**32
+    return np.where(reads["split"] < 0, high < VALIDATION, reads["split"] == 1)
 
 
 class StoreWriter:
@@ -284,7 +316,6 @@ class StoreWriter:
         if isinstance(raw, Rejected):
             self.left_out[raw.reason] += 1
             return
-        self.samples += len(raw.dacs)
         labelled = raw.bases is not None and len(raw.bases) > 0
         if (raw.id, labelled) in self.ids:
             result = "read twice"
@@ -336,31 +367,29 @@ def raw_files(path):
     return files
 
 
-def prepare(paths, out, min_len=1, labelled_only=False):
+def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
     """Reads raw files, folders of them and Bonito folders into a new read store, the folder `out`, and opens it.
 
-    A file that cannot be opened stops it when named itself, and is counted and passed over in a folder. InputError if
-    nothing can be kept; `out` appears when it is whole.
+    With the Basecalls of a BAM, reads get their bases from there, or are left out. InputError if a file that is named
+    itself cannot be opened, or nothing can be kept; `out` appears when it is whole.
     """
     paths = [Path(path) for path in paths]
-    files = [(file, file in paths) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
+    files = [(file, file == path) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
     with written_whole(out, "free space or choose another place") as folder:
         store = StoreWriter(folder)
         total = sum(count_reads(file) for file, _ in files if not is_bonito(file))
         with tqdm(desc=f"preparing {out.name}", unit=" reads", total=total) as bar:
             for file, named in files:
-                try:
-                    if is_bonito(file):
-                        _add_bonito(store, file)
-                        continue
-                    for raw in raw_reads(file):
-                        store.add_raw(raw, min_len, labelled_only)
-                        bar.update()
-                except InputError as error:
-                    if named:
-                        raise
-                    tqdm.write(f"passed over: {error}")
-                    store.left_out["in files that cannot be read"] += 1
+                if is_bonito(file):
+                    _add_bonito(store, file)
+                    continue
+                for raw in reads_of(file, named):
+                    store.samples += 0 if isinstance(raw, Rejected) else len(raw.dacs)
+                    for labelled in basecalls.label(raw) if basecalls else [raw]:
+                        store.add_raw(labelled, min_len, labelled_only)
+                    bar.update()
+        if basecalls:
+            store.left_out += basecalls.unused()
         if not store.reads:
             reasons = ", ".join(f"{count} {reason}" for reason, count in store.left_out.items())
             raise InputError(f"{', '.join(map(str, paths))}: no read can be used ({reasons or 'there are none'})")
@@ -369,13 +398,19 @@ def prepare(paths, out, min_len=1, labelled_only=False):
 
 
 def _add_bonito(store, path):
-    """Bonito's arrays: each chunk becomes a read that cannot be cut; validation/ becomes the validation split."""
+    """Bonito's arrays: each chunk becomes a read that cannot be cut; validation/ becomes the validation split.
+
+    indices.npy, if there is one, says which chunks to use, and how often.
+    """
     parts = [(path, 0), (path / "validation", 1)] if is_bonito(path / "validation") else [(path, -1)]
     for folder, split in parts:
         try:
             chunks, references, lengths = (
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("chunks", "references", "reference_lengths")
             )
+            rows = np.arange(lengths.size)
+            if (folder / "indices.npy").exists():
+                rows = np.load(folder / "indices.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: not a folder of Bonito's training arrays ({_first_line(error)})") from error
         shapes = chunks.shape, references.shape, lengths.shape
@@ -389,14 +424,18 @@ def _add_bonito(store, path):
             raise InputError(f"{folder}: chunks should hold floats, references and reference_lengths whole numbers")
         if len(lengths) and (lengths.min() < 0 or lengths.max() > references.shape[1] or references.max() > 4):
             raise InputError(f"{folder}: reference_lengths outside references' width, or bases other than 1 to 4")
-        for i in range(len(chunks)):
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or (len(rows) and rows.min() < 0):
+            raise InputError(f"{folder}: indices.npy should be a row of whole numbers from 0, the chunks to use")
+        for i in rows[rows < len(lengths)].tolist():  # as Bonito, which passes over numbers that are too large
             bases = references[i, : lengths[i]]
-            if not np.isfinite(chunks[i]).all() or (len(bases) and bases.min() < 1):
+            with np.errstate(over="ignore"):
+                signal = chunks[i].astype(np.float16)
+            if not np.isfinite(signal).all() or (len(bases) and bases.min() < 1):
                 store.left_out["not finite" if len(bases) == 0 or bases.min() > 0 else "corrupt: base 0"] += 1
                 continue
             starts = np.zeros(len(bases))
             store.samples += chunks.shape[1]
-            store.add(f"chunk-{i}", chunks[i], bases, starts, whole=True, split=split)
+            store.add(f"chunk-{i}", signal, bases, starts, whole=True, split=split)
 
 
 class ReadStore:
@@ -490,10 +529,8 @@ class Chunks:
         self.stores, self.chunk_len, self.split, self.labelled = stores, chunk_len, split, labelled
         self.reads = np.concatenate([store.reads for store in stores])
         self.store_of = np.repeat(np.arange(len(stores)), [len(store.reads) for store in stores])
-        hashes = np.array([hash_of(read_id) for read_id in self.reads["id"]], np.uint64)
-        high, low = (hashes >> np.uint64(32)) / 2**32, (hashes & np.uint64(2**32 - 1)) / 2**32
-        validation = np.where(self.reads["split"] < 0, high < VALIDATION, self.reads["split"] == 1)
-        keep = validation == (split == "validation")
+        low = np.array([hash_of(read_id) % 2**32 for read_id in self.reads["id"]]) / 2**32
+        keep = in_validation(self.reads) == (split == "validation")
         if share is not None and split == "training":
             keep &= (low < PRETRAINING) == (share == "pretraining")
         if labelled:
@@ -540,6 +577,13 @@ class Chunks:
             rows = slice(first, first + batch_size)
             yield self._gather(self.read_of[rows], self.tile_of[rows] * self.chunk_len)
 
+    def bases(self, read, start):
+        """Bases 1-4 (B,) of the chunk of row `read` that begins at sample `start`, and the chunk's sample of each."""
+        table, store = self.reads[read], self.stores[self.store_of[read]]
+        rows = slice(table["bases_start"], table["bases_start"] + table["bases_length"])
+        first, end = np.searchsorted(store.base_starts[rows], [start, start + self.chunk_len])
+        return store.bases[rows][first:end], store.base_starts[rows][first:end] - start
+
     def _gather(self, reads, starts):
         signal = np.empty((len(reads), self.chunk_len), np.float32)
         targets = []
@@ -547,9 +591,7 @@ class Chunks:
             table, store = self.reads[read], self.stores[self.store_of[read]]
             signal[row] = store.signal[table["start"] + start :][: self.chunk_len]
             if self.labelled:
-                bases = slice(table["bases_start"], table["bases_start"] + table["bases_length"])
-                first, end = np.searchsorted(store.base_starts[bases], [start, start + self.chunk_len])
-                targets.append(torch.from_numpy(store.bases[bases][first:end].astype(np.int64)))
+                targets.append(torch.from_numpy(self.bases(read, start)[0].astype(np.int64)))
         signal, lengths = torch.from_numpy(signal), torch.full((len(reads),), self.chunk_len)
         if not self.labelled:
             return Batch(signal, lengths)

@@ -162,7 +162,7 @@ def test_a_folder_of_which_a_file_cannot_be_read(simulated, tmp_path, capsys):
     (tmp_path / "in" / "a-folder.fast5").mkdir()
     store = prepare_data.open_data([tmp_path / "in"])[0]
     assert store.info["left_out"] == {"in files that cannot be read": 1} and len(store.reads) == 12
-    assert f"passed over: {tmp_path}/in/text.pod5" in capsys.readouterr().out
+    assert f"passed over: {tmp_path}/in/text.pod5" in capsys.readouterr().err
 
 
 def test_reads_shorter_than_a_chunk(refused, simulated):

@@ -10,11 +10,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
 
 import prepare_data
 from common import InputError
-from common.data import Chunks, ReadStore, hash_of, open_data, prepare
+from common.data import ReadStore, hash_of
 from common.run import parse_args
 
 PROJECT = Path(__file__).parents[1]
@@ -75,40 +74,6 @@ def test_command_line_writes_a_store_and_prints_an_account(simulated, tmp_path):
     assert 30 < float(shares[0][0]) < 90 and float(shares[1][0]) < 10
 
 
-@pytest.mark.parametrize("kind", ["raw", "store"])
-def test_bonito_arrays(simulated, tmp_path, command, capsys, kind):
-    """They have Bonito's layout, and training on them sees the very tiles that the reads have."""
-    store = prepare([simulated], tmp_path / "store")
-    command(simulated if kind == "raw" else store.path, "-o", tmp_path / "arrays", "--bonito", "--chunk-len", LENGTH)
-    assert "cannot be spelled" in capsys.readouterr().out
-    expected = spelled_chunks(simulated)
-    for split, folder in (("training", tmp_path / "arrays"), ("validation", tmp_path / "arrays" / "validation")):
-        names = ("chunks", "references", "reference_lengths")
-        chunks, references, lengths = (np.load(folder / f"{name}.npy") for name in names)
-        tiles = [tile for tile in expected[split] if tile]
-        assert (chunks.dtype, references.dtype, lengths.dtype) == (np.float16, np.uint8, np.uint16)
-        assert chunks.shape == (len(tiles), LENGTH) and lengths.shape == (len(tiles),)
-        assert references.shape == (len(tiles), max(map(len, tiles)))
-        for reference, length, tile in zip(references, lengths, tiles, strict=True):
-            assert reference.tolist() == tile + [0] * (references.shape[1] - length)
-        assert np.isfinite(chunks).all() and abs(np.median(chunks)) < 0.1
-
-        (of_arrays,) = Chunks(open_data([tmp_path / "arrays"]), LENGTH, split, labelled=True).tiles(10**6)
-        (of_reads,) = Chunks([store], LENGTH, split, labelled=True).tiles(10**6)
-        spelled = of_reads.target_lengths > 0
-        assert torch.equal(of_arrays.signal, of_reads.signal[spelled])
-        assert torch.equal(of_arrays.targets, of_reads.targets[spelled])
-        assert torch.equal(of_arrays.target_lengths, of_reads.target_lengths[spelled])
-
-
-def test_a_batch_of_bonito_chunks_is_made_of_whole_chunks(simulated, tmp_path, command):
-    command(simulated, "-o", tmp_path / "arrays", "--bonito", "--chunk-len", LENGTH)
-    chunks = Chunks(open_data([tmp_path / "arrays"]), LENGTH, "training", labelled=True)
-    rows = {row.tobytes() for row in np.load(tmp_path / "arrays" / "chunks.npy").astype(np.float32)}
-    batch = chunks.batch(0, 1, 16)
-    assert all(row.numpy().tobytes() in rows for row in batch.signal) and batch.target_lengths.min() > 0
-
-
 def test_reads_shorter_than_a_chunk_and_unlabelled_ones_are_counted(simulated, tmp_path, command, capsys):
     path = tmp_path / "reads.hdf5"
     path.write_bytes(simulated.read_bytes())
@@ -133,9 +98,3 @@ def test_an_existing_out_is_refused_and_left_alone(simulated, tmp_path, command,
     with pytest.raises(InputError, match=r"--out .*out: exists"):
         command(simulated, "-o", tmp_path / "out", "--chunk-len", LENGTH, *bonito)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-def test_bonito_without_labels_is_refused(tmp_path, command, shared_data):
-    with pytest.raises(InputError, match="no labelled training read"):
-        command(shared_data / "formats/multi_read_gzip.fast5", "-o", tmp_path / "out", "--bonito")
-    assert not list(tmp_path.glob("out*"))

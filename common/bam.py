@@ -1,0 +1,287 @@
+"""Labels out of a basecalled run: the bases of each raw read, at their places in its signal, from a BAM.
+
+Dorado (with --emit-moves) and Guppy write, for each read that they call, its move table `mv` (the stride in samples,
+then for each stride of the signal 1 if a base begins there, else 0), in the order of the signal; `ts`, the samples
+before the first stride; `ns`, the samples in all. A part of a split read has the id of the raw read in `pi` and its
+first sample there in `sp`, from which ts and ns count. What the tags mean: dorado's documentation/SAM.md and its issues
+1372 (aligners add a ts of their own), 1428, 1613 (sp was wrong before 2.1).
+"""
+
+import functools
+import re
+from array import array
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import pysam
+
+from common import InputError
+from common.data import RawRead, Rejected
+
+CODES = np.zeros(256, np.uint8)  # of letters: 1-4 = ACGT, 0 for any other
+CODES[np.frombuffer(b"ACGTacgt", np.uint8)] = [1, 2, 3, 4] * 2
+ALIGNED = (pysam.CMATCH, pysam.CEQUAL, pysam.CDIFF)
+RNA_MODEL = re.compile(r"\brna(00\d)?_(r9|\d+bps)")  # rna_r9.4.1_70bps_hac, rna004_130bps_sup@v5.1.0
+
+pysam.set_verbosity(0)  # its errors come as exceptions, too
+
+
+def bam_files(paths):
+    """The BAM files that `paths` name or hold."""
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--bam {path}: no such file or folder")
+        found = sorted(path.rglob("*.bam")) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"--bam {path}: no .bam file in this folder")
+        files += found
+    return files
+
+
+class Bam(NamedTuple):
+    """An open BAM file and what its header says."""
+
+    file: pysam.AlignmentFile
+    aligned: bool
+    rna: bool
+    dorado: tuple[int, int] | None  # the lowest version of Dorado that called
+
+
+def _open(path):
+    file = pysam.AlignmentFile(path, check_sq=False)
+    if not file.is_bam:
+        raise ValueError("SAM or CRAM; convert it with samtools view -b")
+    programs = [program for program in file.header.to_dict().get("PG", []) if program.get("PN") == "dorado"]
+    versions = [re.match(r"(\d+)\.(\d+)", program.get("VN", "")) for program in programs]
+    dorado = min(((int(version[1]), int(version[2])) for version in versions if version), default=None)
+    return Bam(file, file.nreferences > 0, bool(RNA_MODEL.search(str(file.header))), dorado)
+
+
+class Basecalls:
+    """The basecalls in some BAM files, found by the raw read that they were made of.
+
+    reference: a FASTA file, for aligned BAMs without MD tags. Aligned reads of which less than the share min_coverage
+    of the called bases is aligned, or with a lower share min_identity of matches among all columns, are rejected.
+    called: take the called bases, even where they are aligned.
+    """
+
+    def __init__(self, paths, reference=None, min_coverage=0.0, min_identity=0.0, called=False):
+        self.min_coverage, self.min_identity, self.keep_called = min_coverage, min_identity, called
+        self.files, self.places, self.found = bam_files(paths), {}, set()
+        self.identities = {}  # by id, in percent; None where the bases are the called ones
+        self.open = functools.lru_cache(16)(_open)  # runs come in thousands of files
+        self.reference = None
+        if reference:
+            try:
+                self.reference = pysam.FastaFile(reference)
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"--reference {reference}: cannot be read as FASTA, plain or bgzipped, or not indexed beside it; "
+                    "samtools faidx tells more"
+                ) from error
+        for number, path in enumerate(self.files):
+            try:
+                self._index(number, path)
+            except (OSError, ValueError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise InputError(f"--bam {path}: cannot be read as BAM ({reason}); fetch or write it again") from error
+        reasons = Counter(place for places in self.places.values() for place in places if isinstance(place, str))
+        if sum(reasons.values()) == sum(map(len, self.places.values())):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"
+            names = ", ".join(map(str, paths))
+            raise InputError(f"--bam {names}: no basecall can be used ({reasons}); basecall with --emit-moves")
+
+    def _index(self, number, path):
+        """Notes the place of each basecall in the file, or why it cannot be used, under the id of the raw read."""
+        file = _open(path).file
+        while True:
+            place = number, file.tell()
+            record = next(file, None)
+            if record is None:
+                return
+            if record.is_secondary or record.is_supplementary:
+                continue  # the primary alignment of the read is elsewhere
+            if record.has_tag("dx") and record.get_tag("dx") == 1:
+                place = "duplex, called from two reads"
+            elif not record.has_tag("mv"):
+                place = "no move table"
+            raw_id = record.get_tag("pi") if record.has_tag("pi") else record.query_name
+            self.places.setdefault(str(raw_id), []).append(place)
+
+    def label(self, raw):
+        """A list of the RawRead `raw` with its bases, or Rejected; one for each part of a split read."""
+        self.found.add(raw.id)
+        if isinstance(raw, Rejected):
+            return [raw]
+        return [self._label(raw, place) for place in self.places.get(raw.id, ["not in the BAM"])]
+
+    def _label(self, raw, place):
+        if isinstance(place, str):
+            return Rejected(raw.id, place)
+        path = self.files[place[0]]
+        bam = self.open(path)
+        bam.file.seek(place[1])
+        record = next(bam.file)
+        rna = raw.rna or bam.rna
+        labels = starts = _base_starts(record, len(raw.dacs), bam.dorado)
+        identity = None
+        if not isinstance(starts, str):
+            labels = _in_signal_order(record, record.query_sequence, rna), starts
+        if not isinstance(starts, str) and bam.aligned and not self.keep_called:
+            labels = self._reference_bases(record, *labels, rna, path)
+            if not isinstance(labels, str):
+                *labels, identity = labels
+        if isinstance(labels, str):
+            return Rejected(raw.id, labels)
+        bases, starts = labels
+        if not bases.all():
+            return Rejected(raw.id, "bases other than A, C, G and T")
+        # what follows the colon does not count for the split: parts stay with their parent
+        read_id = f"{raw.id}:{record.get_tag('sp')}" if record.has_tag("pi") else raw.id
+        self.identities[read_id] = identity
+        return RawRead(read_id, raw.dacs, raw.offset, raw.scale, raw.sample_rate, raw.rna, bases, starts)
+
+    def _reference_bases(self, record, called, starts, rna, path):
+        """The reference's bases 1-4, the first sample of each and the end, and the identity; or why there are none."""
+        if record.is_unmapped:
+            return "unaligned"
+        query, reference, length, other = _columns(record)
+        if not len(query):
+            return "aligned without a match"
+        if self.reference is not None:
+            sequence = self._from_fasta(record, path)
+            if sequence is None:
+                return "aligned to what --reference lacks"
+        elif record.has_tag("MD"):
+            sequence = _from_md(record, query, reference, length)
+            if sequence is None:
+                return "MD tag that does not fit the alignment"
+        else:
+            raise InputError(f"--bam {path}: aligned, without MD tags; give the --reference it was aligned to")
+        bases = _in_signal_order(record, sequence, rna)
+        if record.is_reverse != rna:
+            query, reference = len(called) - 1 - query[::-1], length - 1 - reference[::-1]
+        identity = (called[query] == bases[reference]).sum() / (len(query) + other)
+        if record.query_alignment_length < self.min_coverage * len(called):
+            return f"aligned over less than {self.min_coverage:.0%}"
+        if identity < self.min_identity:
+            return f"identity below {self.min_identity:.0%}"
+        # A deleted base has its share of the gap between its neighbours; an insertion's signal goes to the base before.
+        first, end = reference[0], reference[-1] + 1
+        of_query = np.interp(np.arange(first, end + 1), [*reference, end], [*query, query[-1] + 1])
+        starts = np.interp(of_query, np.arange(len(starts)), starts).round().astype(np.int64)
+        return bases[first:end], starts, 100 * identity
+
+    def _from_fasta(self, record, path):
+        """The reference under an alignment, as letters, introns left out; None if --reference lacks it."""
+        name, length = record.reference_name, record.header.get_reference_length(record.reference_name)
+        try:
+            found = self.reference.get_reference_length(name)
+        except KeyError:
+            return None
+        if found != length:
+            raise InputError(f"--reference: its {name} is not as long as that which {path} is aligned to ({length})")
+        place, pieces = record.reference_start, []
+        for operation, count in record.cigartuples:
+            if operation in ALIGNED or operation == pysam.CDEL:
+                pieces.append(self.reference.fetch(name, place, place + count))
+            if operation in ALIGNED or operation in (pysam.CDEL, pysam.CREF_SKIP):
+                place += count
+        return "".join(pieces)
+
+    def report(self, ids):
+        """A line that says where the labels of the reads `ids`, which were kept, come from."""
+        kept = [self.identities[read_id] for read_id in ids]
+        identities = [identity for identity in kept if identity is not None]
+        mean = f", of mean identity {np.mean(identities):.1f} %" if identities else ""
+        called = len(kept) - len(identities)
+        return f"labels: {called} reads with called bases, {len(identities)} with the reference's{mean}"
+
+    def unused(self):
+        """Counts, by reason, of the basecalls of which no raw read came; call it after all reads."""
+        places = [place for raw_id, places in self.places.items() if raw_id not in self.found for place in places]
+        without = "in the BAM, without signal in the raw files"
+        return Counter(place if isinstance(place, str) else without for place in places)
+
+
+def _base_starts(record, samples, dorado):
+    """The sample of the raw read at which each called base starts, in signal order, and the end; or what is wrong."""
+    # pysam gives both where an aligner has added ts:A, the strand of a transcript
+    tags = {tag: value for tag, value, kind in record.get_tags(with_value_type=True) if kind != "A"}
+    if not isinstance(tags.get("ts"), int) or not isinstance(tags.get("ns"), int):
+        return "no ts or ns tag"
+    if not isinstance(tags["mv"], array) or tags["mv"].typecode == "f" or len(tags["mv"]) == 0:
+        return "no move table"
+    first, trimmed, end = 0, tags["ts"], tags["ns"]
+    if "pi" in tags:
+        if not isinstance(tags.get("sp"), int):
+            return "part of a split read, without sp tag"
+        if dorado and dorado < (2, 1):
+            return "part of a read split by Dorado before 2.1, of which sp is wrong"
+        first, end = tags["sp"], tags["sp"] + tags["ns"]
+        if end > samples:
+            return "sp and ns tags beyond the signal"
+    elif end != samples:
+        return "ns tag other than the length of the signal"
+    stride, moves = int(tags["mv"][0]), np.asarray(tags["mv"][1:])
+    starts = first + trimmed + np.flatnonzero(moves) * stride
+    if len(starts) == 0 or record.query_sequence is None or len(starts) != len(record.query_sequence):
+        return "move table and sequence of different lengths"
+    if stride < 1 or min(first, trimmed) < 0 or starts[-1] >= end:
+        return "move table beyond the signal"
+    return np.append(starts, min(first + trimmed + len(moves) * stride, end))
+
+
+def _in_signal_order(record, letters, rna):
+    """Letters of the read or the reference, as the BAM has them, as bases 1-4 in the order they passed the pore.
+
+    A read on the reverse strand stands in the BAM as its complement, backwards. RNA passes the pore from 3' to 5'.
+    """
+    bases = CODES[np.frombuffer(letters.encode(), np.uint8)]
+    if record.is_reverse:
+        bases = np.where(bases > 0, 5 - bases, 0).astype(np.uint8)
+    return bases[::-1] if record.is_reverse != rna else bases
+
+
+def _columns(record):
+    """The positions (columns,) in read and reference that are aligned to each other.
+
+    They count as the BAM has them: the read with its soft clips, the reference from the alignment's first base on,
+    without introns. Then the length of that reference, and the number of inserted and deleted bases.
+    """
+    query, reference, q, r, other = [np.zeros(0, int)], [np.zeros(0, int)], 0, 0, 0
+    for operation, count in record.cigartuples or []:
+        if operation in ALIGNED:
+            query.append(np.arange(q, q + count))
+            reference.append(np.arange(r, r + count))
+            q, r = q + count, r + count
+        elif operation in (pysam.CINS, pysam.CSOFT_CLIP):
+            q += count
+        elif operation == pysam.CDEL:
+            r += count
+        other += count * (operation in (pysam.CINS, pysam.CDEL))
+    return np.concatenate(query), np.concatenate(reference), r, other
+
+
+def _from_md(record, query, reference, length):
+    """The reference under an alignment, as letters, from the read and its MD tag; None if they do not fit.
+
+    pysam's get_reference_sequence does not look whether they fit, and writes beyond its memory.
+    """
+    letters = np.zeros(length, np.uint8)
+    letters[reference] = np.frombuffer(record.query_sequence.encode(), np.uint8)[query]
+    tag, place = str(record.get_tag("MD")), 0
+    if not re.fullmatch(r"\d+((\^[A-Za-z]+|[A-Za-z])\d+)*", tag):
+        return None
+    for equal, deleted, other in re.findall(r"(\d+)|\^([A-Za-z]+)|([A-Za-z])", tag):
+        if equal:
+            place += int(equal)
+            continue
+        changed = letters[place : place + len(deleted or other)]
+        if len(changed) < len(deleted or other) or (changed > 0).any() == bool(deleted):
+            return None
+        changed[:] = np.frombuffer((deleted or other).encode(), np.uint8)
+        place += len(changed)
+    return letters.tobytes().decode() if place == length and letters.all() else None

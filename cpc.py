@@ -173,7 +173,7 @@ def validate(args, models, chunks, device):
     return {f"validation/{name}": value / batches for name, value in sums.items()}
 
 
-def draw_accuracy(metrics, steps, chance, path):
+def draw_accuracy(metrics, steps, chance):
     """A bar for each future step: how often its frame was told from the others (thesis, figures 4.2 and 4.3)."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -181,7 +181,7 @@ def draw_accuracy(metrics, steps, chance, path):
     axes.axhline(100 * chance, color="black", linestyle="--", label=f"chance: {100 * chance:.1f} %")
     axes.set(xlabel="future step (frames of 8 samples)", ylabel="validation accuracy (%)", ylim=(0, 100))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(args):
@@ -259,7 +259,7 @@ def main(args):
         run.log(last, **metrics)
     chance = 1 / min(args.batch_size, len(validation))
     run.save("pore_model.pt", pore_model.state_dict())
-    draw_accuracy(metrics, args.future_steps, chance, run.folder / "accuracy.png")
+    run.picture("accuracy", draw_accuracy(metrics, args.future_steps, chance))
     print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import typing
@@ -71,7 +72,7 @@ def _read_args(run, args_class):
     return saved | paths | {"data": tuple(Path(path) for path in saved["data"])}
 
 
-COUNTED_FROM_ZERO = ("seed", "warmup_steps", "freeze_steps")
+COUNTED_FROM_ZERO = ("seed", "start", "warmup_steps", "freeze_steps")
 
 
 def check_args(args):
@@ -84,7 +85,7 @@ def check_args(args):
             rule, holds = "above 0 and at most 1", 0 < value <= 1
         elif name == "dropout" and value is not None:
             rule, holds = "0 or more and below 1", 0 <= value < 1
-        elif name.endswith("momentum"):
+        elif name.endswith("momentum") or name in ("min_coverage", "min_identity"):
             rule, holds = "from 0 to 1", 0 <= value <= 1
         elif name.endswith(("lr", "temperature")) and value is not None:
             rule, holds = "above 0", 0 < value < math.inf
@@ -169,11 +170,40 @@ class Run:
         print(f"{self.script}: run folder {self.folder}")
         self.tracker = None
         if args.track:
-            import wandb
+            try:
+                self.tracker = self._tracker(args)
+            except BaseException:  # Ctrl-C at wandb's question as well
+                if not args.resume and {path.name for path in self.folder.iterdir()} <= {"args.json", "wandb"}:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # so that it is free for the next try
+                raise
 
-            self.tracker = wandb.init(
-                project="poressl", name=self.folder.name, config=dataclasses.asdict(args), dir=self.folder
+    def _tracker(self, args):
+        """The wandb run; a resumed run goes on with the one it had."""
+        import wandb
+
+        latest = self.folder / "wandb" / "latest-run"  # a link to run-TIME-ID or offline-run-TIME-ID
+        known = {}
+        if latest.is_symlink():
+            known = {"id": latest.readlink().name.partition("run-")[2].partition("-")[2], "resume": "allow"}
+        report = sys.excepthook  # wandb puts one of its own in the place, which prints a traceback before
+        try:
+            tracker = wandb.init(
+                project="poressl", name=self.folder.name, config=dataclasses.asdict(args), dir=self.folder, **known
             )
+        except (wandb.Error, ValueError) as error:  # ValueError: its settings, as of a WANDB_MODE that it does not know
+            reason = " ".join(str(error).split())
+            raise InputError(f"--track: wandb: {reason}; WANDB_MODE=offline needs no account") from error
+        finally:
+            sys.excepthook = report
+
+        def failed(*error):
+            try:
+                tracker.finish(exit_code=1)
+            finally:
+                report(*error)  # the last line on the screen
+
+        sys.excepthook = failed
+        return tracker
 
     def resume(self, device, last):
         """The last checkpoint's state on `device`, to go on to step `last`; the log is cut back to what it was then."""
@@ -226,6 +256,16 @@ class Run:
     def save(self, name, state):
         """Writes `state` to the run folder, whole or not at all."""
         save_whole(state, self.folder / name)
+
+    def picture(self, name, figure):
+        """Writes a matplotlib figure to the run folder as a PNG file, and logs it to the tracker."""
+        path = self.folder / f"{name}.png"
+        figure.savefig(path, dpi=110)
+        if self.tracker:
+            import wandb
+
+            # not the name alone, which a metric may have; no new row, so that the step's metrics may follow
+            self.tracker.log({f"pictures/{name}": wandb.Image(str(path))}, commit=False)
 
 
 def stop_if_not_finite(step, loss, terms):

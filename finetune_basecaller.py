@@ -26,7 +26,7 @@ from torch import nn
 from common import InputError
 from common.data import ALPHABET, Chunks, ctc_steps_needed, open_data
 from common.metrics import identity
-from common.pore_model import PoreModel
+from common.pore_model import HOP, PoreModel
 from common.run import (
     LOG_EVERY,
     Run,
@@ -117,11 +117,11 @@ class Basecaller(nn.Module):
     def from_state_dict(cls, state):
         """The basecaller that `state`, the content of basecaller.pt, holds. ValueError if it holds none."""
         prefix = "pore_model."
-        pore_model = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        model = cls(PoreModel.from_state_dict(pore_model))
         try:
+            pore_model = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            model = cls(PoreModel.from_state_dict(pore_model))
             model.load_state_dict(state)
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError, ValueError) as error:
             raise ValueError("these are not a basecaller's weights") from error
         return model
 
@@ -169,8 +169,8 @@ def learning_rate(step, warmup_steps, total):
 
 
 def decode(log_probs):
-    """log_probs (S, 5) -> the best path as a string of ACGT."""
-    return fast_ctc_decode.viterbi_search(np.ascontiguousarray(log_probs.exp().numpy()), ALPHABET)[0]
+    """log_probs (S, 5) -> the best path as a string of ACGT, and the step at which each base of it begins."""
+    return fast_ctc_decode.viterbi_search(np.ascontiguousarray(log_probs.exp().numpy()), ALPHABET)
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def validate(model, chunks, batch_size, device, precision):
         for row, bases in enumerate(batch.target_lengths.tolist()):
             if bases:
                 reference = "".join(ALPHABET[base] for base in targets[row, :bases])
-                identities.append(identity(decode(log_probs[row]), reference))
+                identities.append(identity(decode(log_probs[row])[0], reference))
     model.train()
     return {
         "validation/loss": float(np.mean(losses)) if losses else math.inf,
@@ -197,6 +197,23 @@ def validate(model, chunks, batch_size, device, precision):
         "validation/identity_mean": float(np.mean(identities)),
         "validation/identity_median": float(np.median(identities)),
     }
+
+
+@torch.no_grad()
+def draw_calls(model, chunks, device, precision):
+    """A picture of the first validation chunk: its current, its bases and those called, at their places."""
+    from common.pictures import draw_read  # here, since matplotlib takes long to import, and basecall.py needs none
+
+    model.eval()
+    signal = next(chunks.tiles(1)).signal
+    with autocast(device, precision):
+        log_probs, _ = model(signal.to(device))
+    called, steps = decode(log_probs[0].cpu())
+    bases, starts = chunks.bases(chunks.read_of[0], 0)
+    end = signal.shape[1]
+    rows = {"reference": (bases, [*starts, end])} if any(starts) else {}  # Bonito's arrays have no places
+    rows["called"] = [ALPHABET.index(base) for base in called], [*(HOP // STEPS_PER_FRAME * s for s in steps), end]
+    return draw_read(signal[0], 0, rows)
 
 
 def load_weights(pore_model, path):
@@ -293,6 +310,7 @@ def main(args):
     if best == math.inf:
         run.save("basecaller.pt", model.state_dict())
     run.save("basecaller_last.pt", model.state_dict())
+    run.picture("calls", draw_calls(model, validation, device, args.precision))
     print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
 
 

@@ -25,7 +25,5 @@ finetune cpc_thin --encoder thin --weights "$run/pretrained/cpc_thin/pore_model.
 finetune byol_target --weights "$run/pretrained/byol/target_pore_model.pt"
 finetune scratch_thin --encoder thin
 
-$python -m benchmark.pretraining_table "$run"/pretrained/*/
-named=()
-for folder in "$run"/finetuned/*/; do named+=("$(basename "$folder")=$folder"); done
-$python -m benchmark.plot_runs "$run/finetuned.png" "${named[@]}"
+$python -m benchmark.plot_runs "$run/pretrained.png" "$run"/pretrained/*/
+$python -m benchmark.plot_runs "$run/finetuned.png" "$run"/finetuned/*/

@@ -17,6 +17,4 @@ $run/batch_64 --batch-size 64
 $run/warmup_10 --warmup-steps 10
 $run/jitter_0 --gain-jitter 0 --offset-jitter 0
 END
-set --
-for folder in "$run"/*/; do set -- "$@" "$(basename "$folder")=${folder%/}"; done
-.venv/bin/python -m benchmark.plot_runs "$run/study.png" "$@"
+.venv/bin/python -m benchmark.plot_runs "$run/study.png" "$run"/*/

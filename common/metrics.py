@@ -28,16 +28,24 @@ def effective_rank(r):
     return float(torch.exp(torch.special.entr(p).sum()))
 
 
+def align(called, reference):
+    """parasail's result of the best local alignment of two strings of ACGT, with Bonito's scores.
+
+    Match 5, mismatch -4, gap 8 to open and 4 to extend. The query and ref of its traceback have a - where the
+    other has a base alone, its comp a | at each match; end_query is the last aligned base of `called`.
+    """
+    return parasail.sw_trace_striped_32(called, reference, 8, 4, parasail.dnafull)
+
+
 def identity(called, reference, min_coverage=0.5):
     """Read identity in percent of a `called` sequence against its `reference`, both strings of ACGT.
 
-    100 * matches / (matches + mismatches + insertions + deletions) of the best local alignment, with Bonito's scores
-    (match 5, mismatch -4, gap 8 to open and 4 to extend), and 0 when less than `min_coverage` of the reference is
-    aligned. 0 when nothing is called.
+    100 * matches / (matches + mismatches + insertions + deletions) of the best local alignment, as Bonito counts it,
+    and 0 when less than `min_coverage` of the reference is aligned. 0 when nothing is called.
     """
     if not called or not reference:
         return 0.0
-    aligned = parasail.sw_trace_striped_32(called, reference, 8, 4, parasail.dnafull).traceback
+    aligned = align(called, reference).traceback
     if len(aligned.ref.replace("-", "")) < min_coverage * len(reference):
         return 0.0
     return 100.0 * aligned.comp.count("|") / len(aligned.comp)

@@ -73,7 +73,7 @@ def test_decode_merges_repeats_and_drops_blanks():
     path = [0, 1, 1, 0, 1, 3, 3, 4, 0, 2]
     log_probs = torch.full((len(path), 5), -10.0)
     log_probs[range(len(path)), path] = -0.01
-    assert decode(log_probs) == "AAGTC"
+    assert decode(log_probs) == ("AAGTC", [1, 4, 5, 7, 9])
 
 
 def test_jitter_has_the_spread_asked_for():

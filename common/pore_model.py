@@ -120,7 +120,7 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, rotation, mask=None):
-        """x (N, T, C), rotations(T), mask (N, 1, 1, T) bool of the keys to attend to, or None for all -> (N, T, C)."""
+        """x (N, T, C), rotations(T), mask of the keys to attend to, which broadcasts to (N, heads, T, T), or None."""
         heads = (x.shape[2] // HEAD_WIDTH, HEAD_WIDTH)
         query, key, value = self.query_key_value(self.norm1(x)).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)
         query, key = rotated(query, rotation), rotated(key, rotation)
@@ -139,6 +139,7 @@ class PoreModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(channels, feed_forward, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(channels)
+        self.window = None  # frames to either side that a frame attends to, None for all: see basecall.py
 
     @classmethod
     def of_size(cls, size, dropout=0.1, encoder="wide"):
@@ -178,8 +179,14 @@ class PoreModel(nn.Module):
         x = self.dropout(frames)
         rotation = rotations(frames.shape[1], frames.device)
         valid = None if lengths is None else valid_positions(lengths, frames.shape[1])
+        mask = None if valid is None else valid[:, None, None]
+        if self.window is not None:
+            frame = torch.arange(frames.shape[1], device=frames.device)
+            distance = (frame[:, None] - frame).abs()
+            # padding attends to itself, since attention to nothing is not a number
+            mask = (distance <= self.window) & (True if mask is None else mask | (distance == 0))
         for layer in self.layers:
-            x = layer(x, rotation, None if valid is None else valid[:, None, None])
+            x = layer(x, rotation, mask)
         x = self.norm(x)
         return x if valid is None else x * valid[:, :, None]
 

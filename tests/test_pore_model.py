@@ -326,6 +326,25 @@ def test_attention_sees_how_far_apart_frames_are_and_not_where_they_stand():
     torch.testing.assert_close(scores.diagonal(), (query * key).sum(-1)[0, 0])
 
 
+def test_with_a_window_a_frame_sees_that_many_frames_a_layer_and_padding_still_does_not_matter():
+    pore_model, _ = models(training=False)
+    signal, lengths = batch([8 * 40, 8 * 25 - 3], width=8 * 40)
+    whole = pore_model(signal, lengths)[0]
+    pore_model.window = 40
+    assert torch.equal(pore_model(signal, lengths)[0], whole)
+    pore_model.window = 2
+    narrow = pore_model(signal, lengths)[0]
+    assert (narrow - whole).abs().max() > 1e-3
+    for row, length in zip(range(2), lengths, strict=True):
+        alone, _ = pore_model(signal[row : row + 1, :length])
+        torch.testing.assert_close(narrow[row, : alone.shape[1]], alone[0])
+    changed = signal.clone()
+    changed[0, 8 * 20] += 1  # frames 18 to 21 see this sample, at most
+    moved = (pore_model(changed, lengths)[0] - narrow).abs().amax(2)[0] > 1e-9
+    reach = 2 * len(pore_model.layers)
+    assert moved[20 - reach : 21 + reach].all() and not moved[: 18 - reach].any() and not moved[22 + reach :].any()
+
+
 # ---------------------------------------------------------------------------------------------------------- sizes
 
 

@@ -1,0 +1,242 @@
+"""Basecall raw reads of any length with a fine-tuned basecaller: FASTQ, or BAM with move tables.
+
+A read is normalised as a whole, as in training, and cut into chunks that overlap; the log-probabilities of the chunks
+are joined in the middle of each overlap, and the read is decoded as one. A frame attends only to those near it: so
+chunks may be longer than in training, and what is called hardly depends on where they begin. (Not at all, if the
+overlap is twice the attention window times the layers, and 32 samples more.)
+
+The quality of a base is Q = -10 log10(1 - p), p its highest probability before the next base begins. It is not fitted
+to anything; docs/results.md compares it with the errors made.
+
+    python basecall.py runs/RUN/basecaller.pt reads/ -o calls.fastq
+    python basecall.py runs/RUN/basecaller.pt reads.pod5 -o calls.bam
+"""
+
+import contextlib
+import gzip
+import itertools
+import os
+import shlex
+import sys
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import fast_ctc_decode
+import numpy as np
+import pysam
+import torch
+import tyro
+from tqdm import tqdm
+
+from common import InputError
+from common.data import ALPHABET, Rejected, count_reads, normalised, raw_files, reads_of
+from common.pore_model import HOP, frames_of
+from common.run import autocast, load_tensors, parse_args, pick_device
+from finetune_basecaller import STEPS_PER_FRAME, Basecaller
+
+STRIDE = HOP // STEPS_PER_FRAME  # samples a time step
+FORMATS = (".fastq", ".fq", ".fastq.gz", ".fq.gz", ".bam")
+
+
+@dataclass
+class Args:
+    weights: tyro.conf.Positional[Path]
+    """a basecaller.pt of finetune_basecaller.py"""
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """raw reads: POD5, FAST5, mapped-signal HDF5, or folders of them"""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """the file to write: .fastq, .fastq.gz or .bam; - writes FASTQ to standard output"""
+    beam_size: int = 1
+    """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality"""
+    attention_window: int = 600
+    """samples to either side that a frame attends to; at most about half of the chunk length in training"""
+    chunk_len: int = 3600
+    """samples a chunk"""
+    overlap: int = 400
+    """samples that neighbouring chunks share"""
+    batch_size: int = 64
+    """chunks at a time, of as many reads as it takes; as large as the memory allows is fastest on a GPU"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """where to run"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it"""
+
+
+class Call(NamedTuple):
+    """A basecalled read. `starts` are the time steps, in the order of the signal, at which a base begins."""
+
+    read_id: str
+    sequence: str  # 5' to 3'
+    qualities: np.ndarray  # (bases,) phred
+    starts: np.ndarray
+    steps: int  # time steps in all
+    samples: int
+
+
+def chunk_starts(length, chunk_len, overlap):
+    """The first samples of the chunks that cover `length` samples; the last chunk ends with them."""
+    if length <= chunk_len:
+        return [0]
+    last = HOP * frames_of(length - chunk_len)
+    return [*range(0, last, chunk_len - overlap), last]
+
+
+def chunks_of(reads, chunk_len, overlap):
+    """Yields (read, signal of a chunk, slice of its time steps to keep, whether it is the last) for (read, signal)s."""
+    for read, signal in reads:
+        starts = chunk_starts(len(signal), chunk_len, overlap)
+        joins = [(start + chunk_len + after) // 2 // HOP for start, after in itertools.pairwise(starts)]
+        joins = [0, *joins, frames_of(len(signal))]
+        for start, (first, end) in zip(starts, itertools.pairwise(joins), strict=True):
+            keep = slice(STEPS_PER_FRAME * (first - start // HOP), STEPS_PER_FRAME * (end - start // HOP))
+            yield read, signal[start : start + chunk_len], keep, start == starts[-1]
+
+
+@torch.no_grad()
+def log_probabilities(model, reads, args, device):
+    """Yields (read, log-probabilities (S, 5)) for each (read, normalised signal (L,)); batches fill across reads."""
+    model.eval()
+    chunks, kept = chunks_of(reads, args.chunk_len, args.overlap), []
+    while batch := list(itertools.islice(chunks, args.batch_size)):
+        signals = [torch.from_numpy(signal).float() for _, signal, _, _ in batch]
+        lengths = torch.tensor([len(signal) for signal in signals])
+        signal = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).to(device)
+        whole = lengths.min() == lengths.max()  # no padding, and no mask to slow attention down
+        with autocast(device, args.precision):
+            log_probs, _ = model(signal, None if whole else lengths.to(device))
+        for row, (read, _, keep, last) in zip(log_probs.cpu(), batch, strict=True):
+            kept.append(row[keep])
+            if last:
+                yield read, torch.cat(kept)
+                kept = []
+
+
+def decode(log_probs, beam_size):
+    """log_probs (S, 5) -> the sequence of ACGT, the steps (B,) at which its bases begin, their qualities (B,)."""
+    probs = np.ascontiguousarray(log_probs.exp().numpy())
+    if beam_size == 1:
+        sequence, path = fast_ctc_decode.viterbi_search(probs, ALPHABET)
+    else:  # its path has the step at which a prefix came up first; the lower the threshold, the earlier
+        sequence, path = fast_ctc_decode.beam_search(probs, ALPHABET, beam_size, 0.1)
+    starts = np.asarray(path, np.int64)
+    if not sequence:
+        return sequence, starts, np.zeros(0, np.uint8)
+    highest = np.maximum.reduceat(probs, starts)  # (B, 5)
+    error = 1 - highest[np.arange(len(starts)), [ALPHABET.index(base) for base in sequence]]
+    return sequence, starts, (-10 * np.log10(error.clip(1e-5, 1))).round().astype(np.uint8)
+
+
+def usable_reads(files, left_out, bar):
+    """Yields ((id, samples, whether RNA), normalised signal) of the reads in {file: whether named itself}.
+
+    Counts those that cannot be used in `left_out`, by reason.
+    """
+    for file, named in files.items():
+        for raw in reads_of(file, named):
+            bar.update()
+            result = raw.reason if isinstance(raw, Rejected) else normalised(raw)
+            if isinstance(result, str):
+                left_out[result] += 1
+            else:
+                yield (raw.id, len(raw.dacs), raw.rna), result[0]
+
+
+def basecalls(model, reads, args, device):
+    """Yields the Call of each of `reads`, as usable_reads has them, in their order."""
+    for (read_id, samples, rna), log_probs in log_probabilities(model, reads, args, device):
+        log_probs = log_probs[: -(-samples // STRIDE)]  # the last frame may go on beyond the signal
+        sequence, starts, qualities = decode(log_probs, args.beam_size)
+        if rna:  # the signal runs from 3' to 5'
+            sequence, qualities = sequence[::-1], qualities[::-1]
+        yield Call(read_id, sequence, qualities, starts, len(log_probs), samples)
+
+
+def fastq(call):
+    return f"@{call.read_id}\n{call.sequence}\n+\n{(call.qualities + 33).tobytes().decode()}\n"
+
+
+def bam_record(call, header):
+    """An unaligned record with the move table, as Dorado writes it."""
+    record = pysam.AlignedSegment(header)
+    record.query_name, record.flag, record.query_sequence = call.read_id, 4, call.sequence
+    record.query_qualities = array("B", call.qualities.tobytes())
+    first = call.starts[0]
+    moves = np.zeros(call.steps - first, np.int8)  # the first move is the first base
+    moves[call.starts - first] = 1
+    record.set_tag("mv", array("b", [STRIDE, *moves.tolist()]))
+    record.set_tag("ts", int(STRIDE * first), "i")
+    record.set_tag("ns", call.samples, "i")
+    record.set_tag("qs", -10 * np.log10(np.mean(10 ** (call.qualities / -10))), "f")
+    return record
+
+
+@contextlib.contextmanager
+def writer(path):
+    """A function that writes a Call to `path`, which appears when all are written."""
+    if str(path) == "-":
+        try:
+            yield lambda call: sys.stdout.write(fastq(call))
+            sys.stdout.flush()
+        except BrokenPipeError:  # head, say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        return
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".bam":
+            program = {"ID": "basecaller", "PN": "poressl", "CL": shlex.join(sys.argv)}
+            header = pysam.AlignmentHeader.from_dict({"HD": {"VN": "1.6", "SO": "unknown"}, "PG": [program]})
+            with pysam.AlignmentFile(part, "wb", header=header) as file:
+                yield lambda call: file.write(bam_record(call, header))
+        else:
+            with gzip.open(part, "wt") if path.suffix == ".gz" else open(part, "w") as file:
+                yield lambda call: file.write(fastq(call))
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.rename(path)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror or error}); free space") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def main(args):
+    if not args.data:
+        raise InputError("no input; name raw files or folders of them")
+    if str(args.out) != "-" and not args.out.name.endswith(FORMATS):
+        raise InputError(f"--out {args.out}: should end in .fastq, .fastq.gz or .bam, or be -")
+    if args.out.exists():
+        raise InputError(f"--out {args.out}: exists; choose another name or remove it")
+    if args.chunk_len % HOP or args.overlap % HOP or args.overlap >= args.chunk_len:
+        raise InputError(f"--chunk-len, --overlap: should be multiples of {HOP}, and the overlap the smaller")
+    device = pick_device(args.device)
+    try:
+        model = Basecaller.from_state_dict(load_tensors(args.weights, device)).to(device)
+    except ValueError as error:
+        raise InputError(f"{args.weights}: {error}; give the basecaller.pt of a fine-tuning run") from error
+    model.pore_model.window = args.attention_window // HOP
+    files = {file: file == path for path in args.data for file in raw_files(path)}  # whether named itself
+    total = sum(map(count_reads, files))
+
+    left_out, called, bases = Counter(), 0, 0
+    with tqdm(desc="basecalling", unit=" reads", total=total) as bar, writer(args.out) as write:
+        for call in basecalls(model, usable_reads(files, left_out, bar), args, device):
+            if not call.sequence:
+                left_out["no base called"] += 1
+                continue
+            write(call)
+            called, bases = called + 1, bases + len(call.sequence)
+        if not called:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "there are none"
+            raise InputError(f"{', '.join(map(str, args.data))}: no read was called ({reasons})")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+    print(f"called: {called} reads, {bases} bases\nleft out: {reasons}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args))

@@ -34,7 +34,7 @@ VALIDATION = 0.1  # the share of reads kept for validation
 PRETRAINING = 5 / 6  # its share of data that pretraining and fine-tuning are both given (thesis section 5.1)
 SATURATED = 0.1  # a read with more than this share of samples on its highest or its lowest value is left out
 SUFFIXES = (".pod5", ".fast5", ".hdf5", ".h5")
-STORE_VERSION = 1
+STORE_VERSION = 2
 READ_DTYPE = np.dtype(
     [
         ("id", "S48"),

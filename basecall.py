@@ -52,7 +52,7 @@ class Args:
     beam_size: int = 1
     """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality"""
     attention_window: int = 600
-    """samples to either side that a frame attends to; at most about half of the chunk length in training"""
+    """samples to either side that a frame attends to: about half of the chunk length in training, so 1800 for thesis"""
     chunk_len: int = 3600
     """samples a chunk"""
     overlap: int = 400
@@ -199,7 +199,9 @@ def writer(path):
             os.fsync(file.fileno())
         part.rename(path)
     except OSError as error:
-        raise InputError(f"--out {path}: cannot be written ({error.strerror or error}); free space") from error
+        raise InputError(
+            f"--out {path}: cannot be written ({error.strerror or error}); free space or choose another place"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -208,10 +210,11 @@ def writer(path):
 def main(args):
     if not args.data:
         raise InputError("no input; name raw files or folders of them")
-    if str(args.out) != "-" and not args.out.name.endswith(FORMATS):
-        raise InputError(f"--out {args.out}: should end in .fastq, .fastq.gz or .bam, or be -")
-    if args.out.exists():
-        raise InputError(f"--out {args.out}: exists; choose another name or remove it")
+    if str(args.out) != "-":
+        if not args.out.name.endswith(FORMATS):
+            raise InputError(f"--out {args.out}: should end in .fastq, .fastq.gz or .bam, or be -")
+        if args.out.exists():
+            raise InputError(f"--out {args.out}: exists; choose another name or remove it")
     if args.chunk_len % HOP or args.overlap % HOP or args.overlap >= args.chunk_len:
         raise InputError(f"--chunk-len, --overlap: should be multiples of {HOP}, and the overlap the smaller")
     device = pick_device(args.device)
@@ -220,7 +223,7 @@ def main(args):
     except ValueError as error:
         raise InputError(f"{args.weights}: {error}; give the basecaller.pt of a fine-tuning run") from error
     model.pore_model.window = args.attention_window // HOP
-    files = {file: file == path for path in args.data for file in raw_files(path)}  # whether named itself
+    files = {file: file in args.data for path in args.data for file in raw_files(path)}  # whether named itself
     total = sum(map(count_reads, files))
 
     left_out, called, bases = Counter(), 0, 0

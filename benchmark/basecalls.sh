@@ -10,32 +10,34 @@ run=runs/basecalls__$(date +%Y%m%d-%H%M%S)
 python=.venv/bin/python
 mkdir -p "$run"
 
-call() {  # name reads arguments...
-    $python basecall.py "$weights" "$data/$2" -o "$run/$1.fastq" "${@:3}"
+call() {  # file reads arguments...
+    $python basecall.py "$weights" "$data/$2" -o "$run/$1" "${@:3}"
 }
-evaluate() {  # name labelled reads, arguments...
+evaluate() {  # file labelled reads, arguments...
     echo "== $1, against $2"
-    $python -m benchmark.evaluate_calls "$run/$1.fastq" "${@:2}"
+    $python -m benchmark.evaluate_calls "$run/$1" "${@:2}"
 }
 
 ecoli=ecoli_r94_mapped.hdf5
 for beam in 1 5 32; do
-    call ecoli_beam_$beam $ecoli --beam-size $beam
-    evaluate ecoli_beam_$beam "$data/$ecoli" --picture "$run/qualities_beam_$beam.png"
+    call ecoli_beam_$beam.fastq $ecoli --beam-size $beam
+    evaluate ecoli_beam_$beam.fastq "$data/$ecoli" --picture "$run/qualities_beam_$beam.png"
 done
 
 $python prepare_data.py "$data/na12878_r941.pod5" --bam "$data/na12878_r941_moves.bam" -o "$run/na12878"
-call na12878 na12878_r941.pod5
-evaluate na12878 "$run/na12878" --all-reads
+call na12878.fastq na12878_r941.pod5
+evaluate na12878.fastq "$run/na12878" --all-reads
 
-# as if each read were one chunk: the overlap is twice what the three layers of tiny see, 3 x 600 samples, and 48
-$python basecall.py "$weights" "$data/$ecoli" -o "$run/whole.bam" --beam-size 1 --chunk-len 16000 --overlap 3648
-$python prepare_data.py "$data/$ecoli" --bam "$run/whole.bam" -o "$run/whole"
+# how right calls are, and how like calls of the same model in chunks laid elsewhere; 100000 is no window. In the first
+# line chunks overlap by twice what the three layers of tiny reach, 3 x 600 samples, and 48: as if each read were one
 while read -r window chunk overlap; do
     name=window_${window}_chunk_${chunk}_overlap_$overlap
-    call "$name" $ecoli --beam-size 1 --attention-window "$window" --chunk-len "$chunk" --overlap "$overlap"
-    evaluate "$name" "$data/$ecoli"
-    evaluate "$name" "$run/whole"
+    arguments=(--attention-window "$window" --chunk-len "$chunk")
+    call "$name.bam" $ecoli "${arguments[@]}" --overlap "$overlap"
+    call "$name.shifted.bam" $ecoli "${arguments[@]}" --overlap $((overlap + 80))
+    $python prepare_data.py "$data/$ecoli" --bam "$run/$name.bam" -o "$run/$name"
+    evaluate "$name.bam" "$data/$ecoli"
+    evaluate "$name.shifted.bam" "$run/$name"
 done <<END
 600 16000 3648
 600 3600 400

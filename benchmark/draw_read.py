@@ -1,4 +1,4 @@
-"""Draw a stretch of a read: its current, the bases at their places in it, and where training cuts it into chunks.
+"""Draw a stretch of a read: its current, the bases at their places in it, and the chunks that validation cuts it into.
 
     python -m benchmark.draw_read picture.png reads/
     python -m benchmark.draw_read picture.png reads.hdf5 --read ID --start 5000 --bam called=calls.bam
@@ -31,7 +31,7 @@ class Args:
     samples: int = 1500
     """how many samples to draw"""
     chunk_len: int = 3600
-    """samples a chunk, as in training: where the borders are"""
+    """samples a chunk of validation, which tiles a read from its first labelled base on"""
     bam: tuple[str, ...] = ()
     """basecalls of the read with move tables, one row each: name=calls.bam"""
 
@@ -77,7 +77,7 @@ def main(args):
     calls = {name: Basecalls([Path(path)], called=True) for name, path in named.items()}
     raw, current, rows = find_read(args.data, args.read, calls)
 
-    first = int(raw.base_starts[0]) if "reference" in rows else 0  # training cuts labelled reads where the bases begin
+    first = int(next(iter(rows.values()))[1][0]) if rows else 0  # labelled reads are kept from their first base on
     start = args.start
     if start is None:
         chunk = (len(current) - first) // 2 // args.chunk_len

@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LONGEST = 60_000  # bases; an alignment of two such takes 4 GB
-EDGES = [0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 50]  # of the bins of quality
+EDGES = [0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 51]  # of the bins of quality
 
 
 @dataclass
@@ -83,6 +83,8 @@ def draw(rows, path):
 
 
 def main(args):
+    if args.picture and args.picture.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--picture {args.picture}: should end in .png, .pdf or .svg")
     calls = read_calls(args.calls)
     identities, qualities, right, missing, too_long = [], [], [], 0, 0
     for store in open_data(args.data):
@@ -99,6 +101,8 @@ def main(args):
             if called and quality is not None:
                 qualities.append(np.asarray(quality))
                 right.append(matches(called, reference))
+    if missing == len(identities) + too_long and missing:
+        raise InputError(f"{args.calls}: none of the {missing} labelled reads is in it; is it of other reads?")
     if not identities:
         raise InputError(f"{', '.join(map(str, args.data))}: no labelled read to compare with; see --all-reads")
     print(f"{len(identities)} reads, {missing} of them not called; {too_long} too long to align")

@@ -2,11 +2,12 @@
 
 Dorado (with --emit-moves) and Guppy write, for each read that they call, its move table `mv` (the stride in samples,
 then for each stride of the signal 1 if a base begins there, else 0), in the order of the signal; `ts`, the samples
-before the first stride; `ns`, the samples in all. A part of a split read has the id of the raw read in `pi` and its
-first sample there in `sp`, from which ts and ns count. What the tags mean: dorado's documentation/SAM.md and its issues
-1372 (aligners add a ts of their own), 1428, 1613 (sp was wrong before 2.1).
+before the first stride; `ns`, the samples in all, or up to where the end was trimmed. A part of a split read has the id
+of the raw read in `pi` and its first sample there in `sp`, from which ts and ns count. What the tags mean: dorado's
+documentation/SAM.md and its issues 1372 (aligners add a ts of their own), 1428, 1613 (sp was wrong before 2.1).
 """
 
+import contextlib
 import functools
 import re
 from array import array
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pysam
+from tqdm import tqdm
 
 from common import InputError
 from common.data import RawRead, Rejected
@@ -46,16 +48,21 @@ class Bam(NamedTuple):
     file: pysam.AlignmentFile
     aligned: bool
     rna: bool
-    dorado: tuple[int, int] | None  # the lowest version of Dorado that called
+    dorado: tuple[int, int]  # the lowest version of Dorado that called; 0, 0 if another program did
 
 
 def _open(path):
-    file = pysam.AlignmentFile(path, check_sq=False)
+    try:
+        file = pysam.AlignmentFile(path, check_sq=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(reason if "EOF" in reason else "not a BAM file") from error
     if not file.is_bam:
-        raise ValueError("SAM or CRAM; convert it with samtools view -b")
-    programs = [program for program in file.header.to_dict().get("PG", []) if program.get("PN") == "dorado"]
-    versions = [re.match(r"(\d+)\.(\d+)", program.get("VN", "")) for program in programs]
-    dorado = min(((int(version[1]), int(version[2])) for version in versions if version), default=None)
+        raise ValueError("not a BAM file; samtools view -b makes one of SAM or CRAM")
+    programs = file.header.to_dict().get("PG", [])
+    callers = [p for p in programs if p.get("PN") == "dorado" and p["ID"].startswith("basecaller")]
+    versions = [re.match(r"(\d+)\.(\d+)", program.get("VN", "")) for program in callers]
+    dorado = min(((int(version[1]), int(version[2])) if version else (0, 0) for version in versions), default=(0, 0))
     return Bam(file, file.nreferences > 0, bool(RNA_MODEL.search(str(file.header))), dorado)
 
 
@@ -71,7 +78,7 @@ class Basecalls:
         self.min_coverage, self.min_identity, self.keep_called = min_coverage, min_identity, called
         self.files, self.places, self.found = bam_files(paths), {}, set()
         self.identities = {}  # by id, in percent; None where the bases are the called ones
-        self.open = functools.lru_cache(16)(_open)  # runs come in thousands of files
+        self.open = functools.lru_cache(64)(_open)  # runs come in thousands of files
         self.reference = None
         if reference:
             try:
@@ -81,12 +88,17 @@ class Basecalls:
                     f"--reference {reference}: cannot be read as FASTA, plain or bgzipped, or not indexed beside it; "
                     "samtools faidx tells more"
                 ) from error
-        for number, path in enumerate(self.files):
+        kinds = {}  # a file of each: aligned and unaligned
+        for number, path in enumerate(tqdm(self.files, desc="indexing BAM", unit=" files")):
             try:
-                self._index(number, path)
+                kinds[self._index(number, path)] = path
             except (OSError, ValueError) as error:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise InputError(f"--bam {path}: cannot be read as BAM ({reason}); fetch or write it again") from error
+        if len(kinds) == 2:
+            raise InputError(f"--bam: {kinds[True]} is aligned and {kinds[False]} is not; give BAMs of one kind")
+        if reference and False in kinds:
+            raise InputError(f"--reference: {kinds[False]} is not aligned; align it, as with dorado aligner")
         reasons = Counter(place for places in self.places.values() for place in places if isinstance(place, str))
         if sum(reasons.values()) == sum(map(len, self.places.values())):
             reasons = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"
@@ -94,8 +106,16 @@ class Basecalls:
             raise InputError(f"--bam {names}: no basecall can be used ({reasons}); basecall with --emit-moves")
 
     def _index(self, number, path):
-        """Notes the place of each basecall in the file, or why it cannot be used, under the id of the raw read."""
-        file = _open(path).file
+        """Notes the place of each basecall in the file, or why it cannot be used; says whether they are aligned."""
+        file, aligned, _, _ = _open(path)
+        try:
+            self._note(number, file)
+        finally:
+            with contextlib.suppress(OSError):  # of a corrupt file, which has been said
+                file.close()
+        return aligned
+
+    def _note(self, number, file):
         while True:
             place = number, file.tell()
             record = next(file, None)
@@ -140,7 +160,7 @@ class Basecalls:
             return Rejected(raw.id, "bases other than A, C, G and T")
         # what follows the colon does not count for the split: parts stay with their parent
         read_id = f"{raw.id}:{record.get_tag('sp')}" if record.has_tag("pi") else raw.id
-        self.identities[read_id] = identity
+        self.identities.setdefault(read_id, identity)  # a read that comes again is not kept
         return RawRead(read_id, raw.dacs, raw.offset, raw.scale, raw.sample_rate, raw.rna, bases, starts)
 
     def _reference_bases(self, record, called, starts, rna, path):
@@ -218,14 +238,13 @@ def _base_starts(record, samples, dorado):
     if "pi" in tags:
         if not isinstance(tags.get("sp"), int):
             return "part of a split read, without sp tag"
-        if dorado and dorado < (2, 1):
-            return "part of a read split by Dorado before 2.1, of which sp is wrong"
+        if dorado < (2, 1):
+            return "part of a read split by other than Dorado from 2.1 on"
         first, end = tags["sp"], tags["sp"] + tags["ns"]
-        if end > samples:
-            return "sp and ns tags beyond the signal"
-    elif end != samples:
-        return "ns tag other than the length of the signal"
     stride, moves = int(tags["mv"][0]), np.asarray(tags["mv"][1:])
+    if end >= samples + max(stride, 1):  # Dorado counts the last stride as whole where it has trimmed
+        return "ns tag beyond the signal"
+    end = min(end, samples)
     starts = first + trimmed + np.flatnonzero(moves) * stride
     if len(starts) == 0 or record.query_sequence is None or len(starts) != len(record.query_sequence):
         return "move table and sequence of different lengths"

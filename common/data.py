@@ -298,7 +298,7 @@ class StoreWriter:
 
     def __init__(self, folder):
         self.folder, self.reads, self.kept, self.left_out = folder, [], Counter(), Counter()
-        self.ids, self.samples = set(), 0
+        self.ids, self.raw_reads, self.samples = set(), 0, 0
         self.signal = NpyWriter(folder / "signal.npy", np.float16)
         self.bases = NpyWriter(folder / "bases.npy", np.uint8)
         self.base_starts = NpyWriter(folder / "base_starts.npy", np.int32)
@@ -338,7 +338,7 @@ class StoreWriter:
         for file in (self.signal, self.bases, self.base_starts):
             file.close()
         np.save(self.folder / "reads.npy", np.array(self.reads, READ_DTYPE))
-        info |= {"version": STORE_VERSION, "samples_read": self.samples}
+        info |= {"version": STORE_VERSION, "reads_read": self.raw_reads, "samples_read": self.samples}
         info |= {"kept": dict(self.kept), "left_out": dict(self.left_out)}
         (self.folder / "store.json").write_text(json.dumps(info, indent=1))
 
@@ -356,7 +356,9 @@ def raw_files(path):
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if is_store(path):
-        raise InputError(f"{path}: a read store already; give it to --data, or add --bonito to write arrays of it")
+        raise InputError(
+            f"{path}: a read store, where raw reads are needed; training takes it, and prepare_data.py with --bonito"
+        )
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise InputError(f"{path}: not a name this reads ({', '.join(SUFFIXES)}, or a folder)")
@@ -384,6 +386,7 @@ def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
                     _add_bonito(store, file)
                     continue
                 for raw in reads_of(file, named):
+                    store.raw_reads += 1
                     store.samples += 0 if isinstance(raw, Rejected) else len(raw.dacs)
                     for labelled in basecalls.label(raw) if basecalls else [raw]:
                         store.add_raw(labelled, min_len, labelled_only)
@@ -434,6 +437,7 @@ def _add_bonito(store, path):
                 store.left_out["not finite" if len(bases) == 0 or bases.min() > 0 else "corrupt: base 0"] += 1
                 continue
             starts = np.zeros(len(bases))
+            store.raw_reads += 1
             store.samples += chunks.shape[1]
             store.add(f"chunk-{i}", signal, bases, starts, whole=True, split=split)
 
@@ -461,9 +465,8 @@ class ReadStore:
     def report(self):
         """Lines that say what was read, what was kept, and what was left out and why."""
         kept, left_out = self.info["kept"], self.info["left_out"]
-        reads = sum(kept.values()) + sum(left_out.values())
         return [
-            f"read: {reads} reads, {self.info['samples_read'] / 1e6:.1f} M samples",
+            f"read: {self.info['reads_read']} reads, {self.info['samples_read'] / 1e6:.1f} M samples",
             f"kept: {' + '.join(f'{count} {kind}' for kind, count in kept.items())}",
             f"left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items()) or 'none'}",
         ]

@@ -72,7 +72,7 @@ def _read_args(run, args_class):
     return saved | paths | {"data": tuple(Path(path) for path in saved["data"])}
 
 
-COUNTED_FROM_ZERO = ("seed", "start", "warmup_steps", "freeze_steps")
+COUNTED_FROM_ZERO = ("seed", "start", "overlap", "warmup_steps", "freeze_steps")
 
 
 def check_args(args):

@@ -117,7 +117,7 @@ def aligned(read, name, contigs, reverse=False, rna=False, minimap=False, **tags
 def write_bam(path, records, contigs=None, program="dorado 2.1.0", model="dna_r10.4.1_e8.2_400bps_sup@v5", mode="wb"):
     name, version = program.split()
     header = {"HD": {"VN": "1.6"}, "RG": [{"ID": "run", "DS": f"basecall_model={model}"}]}
-    header["PG"] = [{"ID": "aligner", "PN": "minimap2", "VN": "2.28"}, {"ID": "caller", "PN": name, "VN": version}]
+    header["PG"] = [{"ID": "aligner", "PN": "minimap2", "VN": "2.28"}, {"ID": "basecaller", "PN": name, "VN": version}]
     header["SQ"] = [{"SN": contig, "LN": len(sequence)} for contig, sequence in (contigs or {}).items()]
     with pysam.AlignmentFile(path, mode, header=header) as file:
         for record in records:
@@ -231,6 +231,30 @@ def test_a_move_table_that_ends_before_or_after_the_signal(one):
     is_called(one(unaligned(read, "a"), read.samples), read)  # trimmed
     read.samples = TRIMMED + STRIDE * len(read.moves) - 3
     is_called(one(unaligned(read, "a"), read.samples), read)  # the last stride is not whole
+    for more in (-3, 0, 1000):  # Dorado's ns where it has trimmed: to the end of the last stride
+        end = TRIMMED + STRIDE * len(read.moves)
+        read.samples = end + more
+        is_called(one(unaligned(read, "a", ns=end), read.samples), read)
+
+
+def test_adapters_trimmed_by_dorado_cost_no_read_and_move_no_base(shared_data, tmp_path):
+    """The real basecalls as `dorado trim` leaves them: 40 bases off the start, 30 off the end."""
+    source = pysam.AlignmentFile(shared_data / "na12878_r941_moves.bam", check_sq=False)
+    with pysam.AlignmentFile(tmp_path / "trimmed.bam", "wb", template=source) as file:
+        for record in source:
+            stride, moves = record.get_tag("mv")[0], np.array(record.get_tag("mv")[1:])
+            first, end = np.flatnonzero(moves)[[40, -30]]
+            sequence, qualities = record.query_sequence[40:-30], record.query_qualities[40:-30]
+            record.query_sequence, record.query_qualities = sequence, qualities
+            record.set_tag("ts", int(record.get_tag("ts") + stride * first))
+            record.set_tag("mv", array.array("b", [stride, *moves[first:end].tolist()]))
+            record.set_tag("ns", int(record.get_tag("ts") + stride * (end - first)))
+            file.write(record)
+    trimmed, whole = (Basecalls([path]) for path in (tmp_path / "trimmed.bam", shared_data / "na12878_r941_moves.bam"))
+    for raw in raw_reads(shared_data / "na12878_r941.pod5"):
+        (part,), (read,) = trimmed.label(raw), whole.label(raw)
+        assert np.array_equal(part.bases, read.bases[40:-30])
+        assert np.array_equal(part.base_starts, read.base_starts[40:-30])
 
 
 def test_parts_of_a_split_read_are_labelled_in_the_signal_of_the_parent(tmp_path):
@@ -251,8 +275,9 @@ def test_only_split_reads_need_a_dorado_with_a_right_sp(one):
     whole, part = unaligned(read, "a"), unaligned(read, "b", pi="a", sp=0)
     for program in ("dorado 0.9.6+abc", "dorado 2.0.3"):
         assert isinstance(one(whole, read.samples, program=program), RawRead)
-        assert "before 2.1" in one(part, read.samples, program=program).reason
-    for program in ("dorado 2.1.0", "dorado 10.0.0", "guppy 1.0"):
+        assert "from 2.1 on" in one(part, read.samples, program=program).reason
+    assert "from 2.1 on" in one(part, read.samples, program="guppy 6.5").reason
+    for program in ("dorado 2.1.0", "dorado 10.0.0"):
         assert one(part, read.samples, program=program).id == "a:0"
 
 
@@ -274,14 +299,15 @@ def test_a_folder_of_many_bams(tmp_path):
 @pytest.mark.parametrize(
     ("tags", "reason"),
     [
-        ({"ns": 3}, "ns tag other than the length"),
+        ({"ns": 3}, "beyond the signal"),
+        ({"ns": 100_000}, "ns tag beyond the signal"),
         ({"ns": None}, "no ts or ns tag"),
         ({"ts": None}, "no ts or ns tag"),
         ({"ts": "+"}, "no ts or ns tag"),
         ({"ts": 100_000}, "beyond the signal"),
         ({"ts": -1}, "beyond the signal"),
         ({"pi": "a"}, "without sp"),
-        ({"pi": "a", "sp": 1}, "sp and ns tags beyond"),
+        ({"pi": "a", "sp": 100}, "ns tag beyond the signal"),
         ({"pi": "a", "sp": -1}, "beyond the signal"),
         ({"mv": array.array("b", [5, 1])}, "different lengths"),
         ({"mv": array.array("b", [5, 0, 0])}, "different lengths"),
@@ -458,13 +484,13 @@ def test_the_store_and_its_account(tmp_path, command, capsys):
         "aligned to what --reference lacks": 1,
         "bases other than A, C, G and T": 1,
         "unaligned": 1,
-        "ns tag other than the length of the signal": 1,
+        "move table beyond the signal": 1,
         "not in the BAM": 2,
         "duplex, called from two reads": 1,
         "in the BAM, without signal in the raw files": 1,
     }
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("read: 18 reads") and lines[1] == "kept: 6 labelled"
+    assert lines[0].startswith("read: 14 reads") and lines[1] == "kept: 6 labelled"
     assert all(f"{count} {reason}" in lines[2] for reason, count in info["left_out"].items())
     assert re.match(
         r"labels: 0 reads with called bases, \d+ with the reference's, of mean identity 8\d\.\d %", lines[3]
@@ -509,6 +535,8 @@ def test_the_account_counts_each_read_once(tmp_path, command, capsys):
         ("a.pod5 --bam calls.bam --reference text.bam", "--reference .*text.bam: cannot be read"),
         ("a.pod5 --bam calls.bam --reference other.fa", "--reference.*contig-0 is not as long"),
         ("a.pod5 --bam calls.bam --min-identity 70", "--min-identity 70"),
+        ("a.pod5 --bam calls.bam unaligned.bam", "--bam: calls.bam is aligned and unaligned.bam is not"),
+        ("a.pod5 --bam unaligned.bam --reference ref.fa", "--reference: unaligned.bam is not aligned"),
         ("a.pod5 --bam no-md.bam", "--bam .*no-md.bam: aligned, without MD.*--reference"),
         (". --bam no-md.bam", "--bam .*no-md.bam: aligned, without MD.*--reference"),
         ("a.pod5 --bam calls.bam --bonito", "--bonito: not with --bam"),
@@ -523,6 +551,7 @@ def test_errors_name_the_file_or_the_argument(tmp_path, monkeypatch, command, wo
     write_bam("calls.bam", [whole], contigs)
     write_bam("calls.sam", [whole], contigs, mode="w")
     write_bam("none.bam", [], contigs)
+    write_bam("unaligned.bam", [unaligned(read, name)])
     write_bam("no-md.bam", [aligned(read, name, {}, MD=None)], contigs)
     write_bam("moveless.bam", [aligned(read, name, {}, mv=None)], contigs)
     write_fasta(Path("ref.fa"), contigs)

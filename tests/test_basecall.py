@@ -504,7 +504,7 @@ def test_weights_that_are_no_basecaller(refused, raw_file, tmp_path):
             "--chunk-len, --overlap: should be multiples of 8, and the overlap the smaller",
         ),
         ("--chunk-len 0", "--chunk-len 0: should be at least 1"),
-        ("--overlap -8", "--overlap -8: should be at least 1"),
+        ("--overlap -8", "--overlap -8: should be 0 or more"),
         ("--beam-size 0", "--beam-size 0: should be at least 1"),
         ("--batch-size 0", "--batch-size 0: should be at least 1"),
     ],

@@ -69,8 +69,9 @@ def _open(path):
 class Basecalls:
     """The basecalls in some BAM files, found by the raw read that they were made of.
 
-    reference: a FASTA file, for aligned BAMs without MD tags. Aligned reads of which less than the share min_coverage
-    of the called bases is aligned, or with a lower share min_identity of matches among all columns, are rejected.
+    reference: the FASTA file that aligned ones are aligned to; not needed if they have MD tags. Aligned reads of which
+    less than the share min_coverage of the called bases is aligned, or with a lower share min_identity of matches among
+    all columns, are rejected.
     called: take the called bases, even where they are aligned.
     """
 
@@ -145,17 +146,15 @@ class Basecalls:
         bam.file.seek(place[1])
         record = next(bam.file)
         rna = raw.rna or bam.rna
-        labels = starts = _base_starts(record, len(raw.dacs), bam.dorado)
-        identity = None
-        if not isinstance(starts, str):
-            labels = _in_signal_order(record, record.query_sequence, rna), starts
-        if not isinstance(starts, str) and bam.aligned and not self.keep_called:
-            labels = self._reference_bases(record, *labels, rna, path)
-            if not isinstance(labels, str):
-                *labels, identity = labels
-        if isinstance(labels, str):
-            return Rejected(raw.id, labels)
-        bases, starts = labels
+        starts = _base_starts(record, len(raw.dacs), bam.dorado)
+        if isinstance(starts, str):
+            return Rejected(raw.id, starts)
+        bases, identity = _in_signal_order(record, record.query_sequence, rna), None
+        if bam.aligned and not self.keep_called:
+            labels = self._reference_bases(record, bases, starts, rna, path)
+            if isinstance(labels, str):
+                return Rejected(raw.id, labels)
+            bases, starts, identity = labels
         if not bases.all():
             return Rejected(raw.id, "bases other than A, C, G and T")
         # what follows the colon does not count for the split: parts stay with their parent

@@ -251,7 +251,7 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if step % args.checkpoint_every == 0 or step == last:
+        if step % args.checkpoint_every == 0 or step == last or run.stopping:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     metrics = validate(args, models, validation, device)

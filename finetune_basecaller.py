@@ -303,7 +303,7 @@ def main(args):
             if metrics["validation/loss"] < best:
                 best = metrics["validation/loss"]
                 run.save("basecaller.pt", model.state_dict())
-        if step % args.checkpoint_every == 0 or step == last:
+        if step % args.checkpoint_every == 0 or step == last or run.stopping:
             run.checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best)
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
         run.log(last, **validate(model, validation, args.batch_size, device, args.precision))

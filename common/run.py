@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import typing
@@ -168,7 +169,7 @@ class Run:
             saved = json.dumps(dataclasses.asdict(args), default=str, indent=1)
             (self.folder / "args.json").write_text(saved + "\n")
         print(f"{self.script}: run folder {self.folder}")
-        self.tracker = None
+        self.tracker = self.stopping = None
         if args.track:
             try:
                 self.tracker = self._tracker(args)
@@ -227,12 +228,35 @@ class Run:
         self.save("checkpoint.pt", state | {"script": self.script, "step": step, "log_bytes": log_bytes})
 
     def steps(self, first, last, batch_size):
-        """Yields the steps first + 1 ... last under a progress bar; batch_size is for the logged chunks a second."""
+        """Yields the steps first + 1 ... last under a progress bar; batch_size is for the logged chunks a second.
+
+        Ctrl-C and SIGTERM, which schedulers send, set `stopping`: the script finishes the step with a checkpoint, and
+        ends here. A second one ends it at once.
+        """
+
+        def stop(number, frame):
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = number
+
         self.batch_size, self.since = batch_size, (first, time.perf_counter())
         steps = range(first + 1, last + 1)
         often = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
-        with tqdm(steps, self.script, last, initial=first, unit=" steps", mininterval=often) as self.bar:
-            yield from self.bar
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tqdm(steps, self.script, last, initial=first, unit=" steps", mininterval=often) as self.bar:
+                for step in self.bar:
+                    yield step
+                    if self.stopping and step < last:
+                        break
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.stopping and step < last:
+            if self.tracker:
+                self.tracker.finish(exit_code=128 + self.stopping)
+            print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
+            sys.exit(128 + self.stopping)
 
     def log(self, step, **metrics):
         """Appends one JSON line; floats as they are, so that two runs can be compared exactly."""

@@ -1,7 +1,9 @@
 """What holds for all seven scripts: equal blocks, logged metrics, learning, resume, a loss that is not finite."""
 
 import importlib
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -99,11 +101,23 @@ def test_it_learns(method, simulated, tmp_path, examples, accuracy_of_random_wei
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_the_run_never_stopped(method, simulated, tmp_path):
+def test_a_run_that_sigterm_stopped_is_resumed_as_if_never_stopped(method, simulated, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     small = {"batch_size": 14, "chunk_len": 400} | ({} if method == "cpc" else {"representation": 32})
     script(method).main(settings(method, simulated, whole, max_steps=20, **small))
-    script(method).main(settings(method, simulated, stopped, max_steps=13, **small))
+    loss_function, calls = getattr(script(method), f"{method}_loss"), []
+
+    def terminated(*inputs):
+        calls.append(inputs)
+        if len(calls) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_function(*inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(script(method), f"{method}_loss", terminated)
+        script(method).main(settings(method, simulated, stopped, max_steps=20, **small))
+    assert stop.value.code == 128 + signal.SIGTERM and not (stopped / "pore_model.pt").exists()
+    assert f"stopped after step 13; go on with --resume {stopped}" in capsys.readouterr().err
     script(method).main(settings(method, simulated, None, max_steps=20, resume=stopped, **small))
     saved = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, stopped)]
     for state in saved:

@@ -187,7 +187,7 @@ def test_the_one_line_of_an_error_stays_the_last_and_wandb_is_told(place, simula
     assert tracked(place.run)[0].exit_code == 1
 
 
-def test_so_does_that_of_ctrl_c(place, simulated):
+def test_ctrl_c_leaves_a_checkpoint_and_wandb_is_told(place, simulated):
     words = place.command("finetune_basecaller", "--data", simulated, *SMALL, "--track")
     with subprocess.Popen(
         words, cwd=place.folder, env=place.environment, stderr=subprocess.PIPE, text=True,
@@ -201,10 +201,12 @@ def test_so_does_that_of_ctrl_c(place, simulated):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
-    assert said.splitlines()[-1] == "interrupted" and "Traceback" not in said
+    assert process.returncode == 128 + signal.SIGINT
+    (line,) = (line for line in said.splitlines() if line.startswith("stopped after step "))
+    assert line.endswith("go on with --resume run") and "Traceback" not in said
+    assert (place.run / "checkpoint.pt").exists() and not (place.run / "basecaller_last.pt").exists()
     (found,) = tracked(place.run)
-    assert found.exit_code == 1 and found.history[10] == rows(read_metrics(place.run))[10]
+    assert found.exit_code == 128 + signal.SIGINT and found.history[10] == rows(read_metrics(place.run))[10]
 
 
 def test_without_track_wandb_is_not_imported(place, simulated):

@@ -234,7 +234,7 @@ def main(args):
                     target_head(*target_pore_model(*view2)),
                 )  # r of the loss
         loss, terms = byol_loss(h1, h2, t1, t2)
-        stop_if_not_finite(step, loss, terms)
+        stop_if_not_finite(step, loss, terms, batch.reads)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)

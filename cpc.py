@@ -236,7 +236,7 @@ def main(args):
         with autocast(device, args.precision):
             z, r1 = future_and_context(pore_model, *view1, t, args.future_steps)  # (N, P, C), (N, C)
         loss, terms = cpc_loss(z, r1, prediction.W)
-        stop_if_not_finite(step, loss, {"accuracy": terms["accuracy"]})
+        stop_if_not_finite(step, loss, {"accuracy": terms["accuracy"]}, batch.reads)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)

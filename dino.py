@@ -236,7 +236,7 @@ def main(args):
             with torch.no_grad():
                 t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))  # (N, R)
         loss, terms = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)
-        stop_if_not_finite(step, loss, terms)
+        stop_if_not_finite(step, loss, terms, batch.reads)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)

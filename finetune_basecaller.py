@@ -289,7 +289,7 @@ def main(args):
         with autocast(device, args.precision):
             log_probs, lengths = model(signal)
         loss, terms = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
-        stop_if_not_finite(step, loss, terms)
+        stop_if_not_finite(step, loss, terms, batch.reads)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)

@@ -252,7 +252,7 @@ def main(args):
                 order = torch.randperm(args.batch_size, device=device)
                 r2 = encode(key_pore_model, key_head, view2, order, args.batchnorm_groups)  # keys (N, R)
         loss, terms = moco_loss(r1, r2, queue.keys, args.temperature)
-        stop_if_not_finite(step, loss, terms)
+        stop_if_not_finite(step, loss, terms, batch.reads)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)

@@ -189,7 +189,7 @@ def main(args):
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
         loss, terms = simclr_loss(r1, r2, args.temperature)
-        stop_if_not_finite(step, loss, terms)
+        stop_if_not_finite(step, loss, terms, batch.reads)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)

@@ -202,7 +202,7 @@ def main(args):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # x1, x2 (N, R)
             h1, h2 = predictor(r1), predictor(r2)  # (N, R)
         loss, terms = simsiam_loss(r1, r2, h1, h2)
-        stop_if_not_finite(step, loss, terms)
+        stop_if_not_finite(step, loss, terms, batch.reads)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)

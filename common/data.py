@@ -515,9 +515,10 @@ class Batch(NamedTuple):
     lengths: torch.Tensor  # (N,) int64, all L
     targets: torch.Tensor | None = None  # (N, longest) int64, 1-4, zero-padded
     target_lengths: torch.Tensor | None = None  # (N,) int64
+    reads: tuple[str, ...] = ()  # (N,) ids of the reads that the chunks are of
 
     def to(self, device):
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
 
 
 class Chunks:
@@ -596,10 +597,11 @@ class Chunks:
             if self.labelled:
                 targets.append(torch.from_numpy(self.bases(read, start)[0].astype(np.int64)))
         signal, lengths = torch.from_numpy(signal), torch.full((len(reads),), self.chunk_len)
+        ids = tuple(read_id.decode() for read_id in self.reads["id"][reads])
         if not self.labelled:
-            return Batch(signal, lengths)
+            return Batch(signal, lengths, reads=ids)
         padded = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
-        return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]))
+        return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]), ids)
 
 
 def ctc_steps_needed(targets, target_lengths):

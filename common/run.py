@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -168,6 +169,7 @@ class Run:
                 raise InputError(f"{self.folder}: cannot be made ({error.strerror}); see --run-dir") from error
             saved = json.dumps(dataclasses.asdict(args), default=str, indent=1)
             (self.folder / "args.json").write_text(saved + "\n")
+        self._lock()
         print(f"{self.script}: run folder {self.folder}")
         self.tracker = self.stopping = None
         if args.track:
@@ -177,6 +179,16 @@ class Run:
                 if not args.resume and {path.name for path in self.folder.iterdir()} <= {"args.json", "wandb"}:
                     shutil.rmtree(self.folder, ignore_errors=True)  # so that it is free for the next try
                 raise
+
+    def _lock(self):
+        """InputError if another process has this run; the system unlocks it however this process ends."""
+        self.lock = open(self.folder / "args.json")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--resume {self.folder}: this run is going on in another process") from error
+        except OSError:  # a file system without locks
+            pass
 
     def _tracker(self, args):
         """The wandb run; a resumed run goes on with the one it had."""
@@ -292,12 +304,15 @@ class Run:
             self.tracker.log({f"pictures/{name}": wandb.Image(str(path))}, commit=False)
 
 
-def stop_if_not_finite(step, loss, terms):
-    """InputError if the loss is infinite or not a number; the last checkpoint stays as it is."""
+def stop_if_not_finite(step, loss, terms, reads):
+    """InputError, with the reads of the batch, if the loss is not finite; the last checkpoint stays as it is."""
     if not torch.isfinite(loss):
         values = {name: value.item() if torch.is_tensor(value) else value for name, value in terms.items()}
         terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise InputError(f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32")
+        raise InputError(
+            f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32, "
+            f"or look at the reads of this batch: {' '.join(sorted(set(reads)))}"
+        )
 
 
 def warn_if_slow(device, models, chunk_len, chunks, passes):

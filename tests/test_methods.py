@@ -4,6 +4,8 @@ import importlib
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from benchmark.plot_runs import read_metrics
 from common import InputError
-from common.data import open_data
+from common.data import Chunks, open_data
 from common.pore_model import PoreModel
 from common.simulate import write_simulated
 from tests.linear_probe import examples_of, probe_accuracy
@@ -130,6 +132,52 @@ def test_a_run_that_sigterm_stopped_is_resumed_as_if_never_stopped(method, simul
     assert [line["step"] for line in logs[0]] == [10, 17, 20, 20]  # an epoch has 17 steps
 
 
+KILLED = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+from tests.test_methods import script, settings
+
+torch.set_num_threads(1)  # more do not survive a fork
+
+
+def start(run, **changes):
+    process = os.fork()
+    if process == 0:
+        try:
+            args = settings("moco", Path(sys.argv[1]), Path(run), max_steps=30, checkpoint_every=1, **changes)
+            script("moco").main(args)
+        finally:
+            os._exit(0)
+    return process
+
+
+os.waitpid(start("whole"), 0)
+chance, run, kills = random.Random(0), Path("run"), 0
+while kills < 20 or not (run / "pore_model.pt").exists():
+    if not (run / "checkpoint.pt").exists() or (run / "pore_model.pt").exists():
+        shutil.rmtree(run, ignore_errors=True)  # killed before its first checkpoint, or finished too early
+    process = start(run, resume=run if run.exists() else None)
+    if kills < 20:
+        time.sleep(chance.uniform(0.1, 1.5))
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    kills += os.WIFSIGNALED(status)
+"""
+
+
+def test_a_run_killed_twenty_times_is_the_run_never_killed(simulated, tmp_path):
+    """Killed at any moment, in the midst of a checkpoint too. MoCo has the most state: keys, queue and its place."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", KILLED, simulated], cwd=tmp_path, env=environment, check=True)
+    logs, weights = [], []
+    for name in ("whole", "run"):
+        logs.append([{**line, "chunks_per_second": 0} for line in read_metrics(tmp_path / name)])
+        weights.append(torch.load(tmp_path / name / "pore_model.pt", weights_only=True))
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == 30
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_models_in_bfloat16_train_and_the_loss_is_nearly_that_of_float32(method, simulated, tmp_path):
     losses = []
@@ -152,7 +200,7 @@ def test_a_run_goes_on_with_its_own_script_and_not_backwards(simulated, tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(method, simulated, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_reads(method, simulated, tmp_path, monkeypatch):
     loss_function = getattr(script(method), f"{method}_loss")
 
     def broken(*inputs):
@@ -160,5 +208,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(method, simu
         return loss * float("nan"), terms
 
     monkeypatch.setattr(script(method), f"{method}_loss", broken)
-    with pytest.raises(InputError, match=r"step 1: the loss is nan \(\w+ [-0-9.]+"):
+    with pytest.raises(InputError, match=r"step 1: the loss is nan \(\w+ [-0-9.]+") as error:
         script(method).main(settings(method, simulated, tmp_path / "run", batch_size=4, chunk_len=400, max_steps=5))
+    chunks = Chunks(open_data([simulated]), 400, "training")
+    batch = chunks.batch(0, 0, 4)
+    assert str(error.value).endswith(f"of this batch: {' '.join(sorted(set(batch.reads)))}")
+    for read_id, current in zip(batch.reads, batch.signal.numpy(), strict=True):
+        (row,) = chunks.reads[chunks.reads["id"] == read_id.encode()]
+        whole = chunks.stores[0].signal[row["start"] :][: row["length"]].astype("float32")
+        assert current.tobytes() in whole.tobytes()

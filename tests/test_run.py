@@ -10,7 +10,7 @@ import torch
 import barlow
 from common import InputError
 from common.pore_model import PoreModel, RepresentationHead
-from common.run import load_tensors, parse_args, pick_device, save_whole, seed_step, warn_if_slow
+from common.run import Run, load_tensors, parse_args, pick_device, save_whole, seed_step, warn_if_slow
 
 
 def test_resume_takes_the_arguments_of_the_run_unless_given_anew(tmp_path, monkeypatch):
@@ -63,3 +63,12 @@ def test_full_size_without_a_gpu_is_announced_and_leaves_the_model_as_it_was(cap
     assert all(torch.equal(before[key], value) for key, value in pore_model.state_dict().items())
     warn_if_slow(torch.device("cpu"), (PoreModel.of_size("tiny"), None), 400, 10, passes=2)
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
+    run = Run(barlow.Args(run_dir=tmp_path / "run"), "barlow.py")
+    resumed = barlow.Args(resume=tmp_path / "run")
+    with pytest.raises(InputError, match=r"--resume .*run: this run is going on in another process"):
+        Run(resumed, "barlow.py")
+    run.lock.close()  # as the system does for a process that ends
+    Run(resumed, "barlow.py")

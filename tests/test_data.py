@@ -388,7 +388,7 @@ def test_a_batch_depends_on_seed_and_step_alone(coded):
     in_order = batches(chunks, range(12))
     again = batches(Chunks([coded], 100, "training", labelled=True), reversed(range(12)))[::-1]
     for one, other in zip(in_order, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(one[:4], other[:4], strict=True)) and one.reads == other.reads
     for step, batch in enumerate(in_order):  # one seed after the other changes nothing, either
         chunks.batch(1, step, 5)
         assert torch.equal(chunks.batch(0, step, 5).signal, batch.signal)

@@ -182,10 +182,10 @@ class Run:
 
     def _lock(self):
         """InputError if another process has this run; the system unlocks it however this process ends."""
-        self.lock = open(self.folder / "args.json")  # noqa: SIM115
+        self.lock = open(self.folder / "args.json", "a")  # noqa: SIM115
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise InputError(f"--resume {self.folder}: this run is going on in another process") from error
         except OSError:  # a file system without locks
             pass

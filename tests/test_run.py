@@ -68,7 +68,14 @@ def test_full_size_without_a_gpu_is_announced_and_leaves_the_model_as_it_was(cap
 def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
     run = Run(barlow.Args(run_dir=tmp_path / "run"), "barlow.py")
     resumed = barlow.Args(resume=tmp_path / "run")
-    with pytest.raises(InputError, match=r"--resume .*run: this run is going on in another process"):
-        Run(resumed, "barlow.py")
-    run.lock.close()  # as the system does for a process that ends
-    Run(resumed, "barlow.py")
+    message = f"--resume {tmp_path}/run: this run is going on in another process"
+    for locked in (True, False):
+        other = os.fork()
+        if other == 0:
+            try:
+                Run(resumed, "barlow.py")
+                os._exit(0)
+            except InputError as error:
+                os._exit(1 if str(error) == message else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == locked
+        run.lock.close()  # as the system does for a process that ends

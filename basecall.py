@@ -15,6 +15,7 @@ to anything; docs/results.md compares it with the errors made.
 import contextlib
 import gzip
 import itertools
+import json
 import os
 import shlex
 import sys
@@ -51,8 +52,9 @@ class Args:
     """the file to write: .fastq, .fastq.gz or .bam; - writes FASTQ to standard output"""
     beam_size: int = 1
     """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality"""
-    attention_window: int = 600
-    """samples to either side that a frame attends to: about half of the chunk length in training, so 1800 for thesis"""
+    attention_window: int | None = None
+    """samples to either side that a frame attends to; if not given, half of the chunk length in training, out of the
+    args.json beside the weights, or 600 where there is none"""
     chunk_len: int = 3600
     """samples a chunk"""
     overlap: int = 400
@@ -207,6 +209,14 @@ def writer(path):
             part.unlink(missing_ok=True)
 
 
+def trained_chunk_len(path):
+    """The chunk length that the args.json of a fine-tuning run has; that of tiny and small where there is none."""
+    try:
+        return json.loads(path.read_text())["chunk_len"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1200
+
+
 def main(args):
     if not args.data:
         raise InputError("no input; name raw files or folders of them")
@@ -222,6 +232,8 @@ def main(args):
         model = Basecaller.from_state_dict(load_tensors(args.weights, device)).to(device)
     except ValueError as error:
         raise InputError(f"{args.weights}: {error}; give the basecaller.pt of a fine-tuning run") from error
+    if args.attention_window is None:
+        args.attention_window = trained_chunk_len(args.weights.parent / "args.json") // 2
     model.pore_model.window = args.attention_window // HOP
     files = {file: file in args.data for path in args.data for file in raw_files(path)}  # whether named itself
     total = sum(map(count_reads, files))

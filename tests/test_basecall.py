@@ -297,6 +297,31 @@ def test_all_formats_hold_the_same_reads(call, raw_file, reads, weights, capsys)
 
 
 @pytest.mark.parametrize(
+    ("saved", "words", "frames"),
+    [
+        (None, "", 75),
+        ('{"chunk_len": 3600}', "", 225),
+        ('{"chunk_len": 3600}', "--attention-window 80", 10),
+        ("{", "", 75),
+        ('{"bonito": 1}', "", 75),
+    ],
+)
+def test_the_window_is_half_of_a_chunk_in_training(
+    weights, raw_file, call, tmp_path, monkeypatch, saved, words, frames
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "basecaller.pt").write_bytes(weights.read_bytes())
+    if saved is not None:
+        (tmp_path / "run" / "args.json").write_text(saved)
+    seen, calls = [], basecall.basecalls
+    monkeypatch.setattr(
+        basecall, "basecalls", lambda model, *rest: seen.append(model.pore_model.window) or calls(model, *rest)
+    )
+    call(raw_file, *words.split(), weights=tmp_path / "run" / "basecaller.pt")
+    assert seen == [frames]
+
+
+@pytest.mark.parametrize(
     "words", ["--beam-size 5", "--attention-window 16", "--chunk-len 408", "--chunk-len 1200 --overlap 8"]
 )
 def test_settings_reach_the_calls(call, raw_file, words):

@@ -19,7 +19,7 @@ import pysam
 from tqdm import tqdm
 
 from common import InputError
-from common.data import RawRead, Rejected
+from common.data import RawRead, Rejected, first_line
 
 CODES = np.zeros(256, np.uint8)  # of letters: 1-4 = ACGT, 0 for any other
 CODES[np.frombuffer(b"ACGTacgt", np.uint8)] = [1, 2, 3, 4] * 2
@@ -60,7 +60,7 @@ def _open(path):
     if not file.is_bam:
         raise ValueError("not a BAM file; samtools view -b makes one of SAM or CRAM")
     programs = file.header.to_dict().get("PG", [])
-    callers = [p for p in programs if p.get("PN") == "dorado" and p["ID"].startswith("basecaller")]
+    callers = [p for p in programs if p.get("PN") == "dorado" and p.get("ID", "").startswith("basecaller")]
     versions = [re.match(r"(\d+)\.(\d+)", program.get("VN", "")) for program in callers]
     dorado = min(((int(version[1]), int(version[2])) if version else (0, 0) for version in versions), default=(0, 0))
     return Bam(file, file.nreferences > 0, bool(RNA_MODEL.search(str(file.header))), dorado)
@@ -93,8 +93,8 @@ class Basecalls:
         for number, path in enumerate(tqdm(self.files, desc="indexing BAM", unit=" files")):
             try:
                 kinds[self._index(number, path)] = path
-            except (OSError, ValueError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+            except Exception as error:  # a corrupt file can bring about any
+                reason = first_line(error)
                 raise InputError(f"--bam {path}: cannot be read as BAM ({reason}); fetch or write it again") from error
         if len(kinds) == 2:
             raise InputError(f"--bam: {kinds[True]} is aligned and {kinds[False]} is not; give BAMs of one kind")
@@ -136,7 +136,15 @@ class Basecalls:
         self.found.add(raw.id)
         if isinstance(raw, Rejected):
             return [raw]
-        return [self._label(raw, place) for place in self.places.get(raw.id, ["not in the BAM"])]
+        return [self._label_or_reject(raw, place) for place in self.places.get(raw.id, ["not in the BAM"])]
+
+    def _label_or_reject(self, raw, place):
+        try:
+            return self._label(raw, place)
+        except InputError:
+            raise
+        except Exception:  # a corrupt record can bring about any
+            return Rejected(raw.id, "corrupt in the BAM")
 
     def _label(self, raw, place):
         if isinstance(place, str):
@@ -166,6 +174,9 @@ class Basecalls:
         """The reference's bases 1-4, the first sample of each and the end, and the identity; or why there are none."""
         if record.is_unmapped:
             return "unaligned"
+        contig = record.reference_id >= 0 and record.header.get_reference_length(record.reference_name)
+        if record.reference_start < 0 or (record.reference_end or 0) > contig:
+            return "aligned beyond the end of the reference"
         query, reference, length, other = _columns(record)
         if not len(query):
             return "aligned without a match"
@@ -229,6 +240,8 @@ def _base_starts(record, samples, dorado):
     """The sample of the raw read at which each called base starts, in signal order, and the end; or what is wrong."""
     # pysam gives both where an aligner has added ts:A, the strand of a transcript
     tags = {tag: value for tag, value, kind in record.get_tags(with_value_type=True) if kind != "A"}
+    if "mv" not in tags:
+        return "no move table"
     if not isinstance(tags.get("ts"), int) or not isinstance(tags.get("ns"), int):
         return "no ts or ns tag"
     if not isinstance(tags["mv"], array) or tags["mv"].typecode == "f" or len(tags["mv"]) == 0:

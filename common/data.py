@@ -32,6 +32,7 @@ except ImportError:
 ALPHABET = "NACGT"  # N, index 0, is the CTC blank and the padding
 VALIDATION = 0.1  # the share of reads kept for validation
 PRETRAINING = 5 / 6  # its share of data that pretraining and fine-tuning are both given (thesis section 5.1)
+MOST_COMPRESSED = 1100  # times; gzip reaches 1032
 SATURATED = 0.1  # a read with more than this share of samples on its highest or its lowest value is left out
 SUFFIXES = (".pod5", ".fast5", ".hdf5", ".h5")
 STORE_VERSION = 2
@@ -83,8 +84,10 @@ def raw_reads(path):
         else:
             with h5py.File(path) as file:
                 yield from _hdf5_reads(file, path)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except InputError:
+        raise
+    except Exception as error:  # a corrupt file can bring about any
+        reason = first_line(error)
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason}); fetch or write it again") from error
 
 
@@ -107,7 +110,7 @@ def count_reads(path):
                 return reader.num_reads
         with h5py.File(path) as file:
             return len(_hdf5_layout(file)[0])
-    except (OSError, RuntimeError):
+    except Exception:  # raw_reads says what is wrong
         return 0
 
 
@@ -123,8 +126,8 @@ def _pod5_reads(path):
                     read.run_info.sample_rate,
                     _is_rna(read.run_info.context_tags | {"kit": read.run_info.sequencing_kit}),
                 )
-            except (RuntimeError, ValueError, OSError) as error:
-                yield Rejected(str(read.read_id), f"corrupt: {_first_line(error)}")
+            except Exception as error:
+                yield Rejected(str(read.read_id), f"corrupt: {first_line(error)}")
 
 
 def _hdf5_layout(file):
@@ -132,8 +135,9 @@ def _hdf5_layout(file):
     if isinstance(file.get("Reads"), h5py.Group):
         return file["Reads"], _mapped_read
     if "Raw" in file:
-        return file.get("Raw/Reads", ()), _single_read
-    return [name for name in file if name.startswith("read_")], _multi_read
+        reads = file.get("Raw/Reads")
+        return reads if isinstance(reads, h5py.Group) else (), _single_read
+    return [name for name in file if isinstance(name, bytes) or name.startswith("read_")], _multi_read
 
 
 def _hdf5_reads(file, path):
@@ -141,24 +145,37 @@ def _hdf5_reads(file, path):
     if not len(groups):
         raise InputError(f"{path}: holds neither FAST5 reads nor mapped-signal reads (a group Reads, Raw or read_...)")
     for name in groups:
+        if isinstance(name, bytes):  # so h5py gives what is not UTF-8
+            yield Rejected(repr(name), "corrupt: the name of the read is not UTF-8")
+            continue
         try:
             yield parse(file, name)
         except OSError as error:
             if vbz_h5py_plugin is None and ("filter" in str(error) or "plugin" in str(error)):
                 raise InputError(f"{path}: its signal is VBZ-compressed; pip install vbz-h5py-plugin") from error
-            yield Rejected(name, f"corrupt: {_first_line(error)}")
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            yield Rejected(name, f"corrupt: {_first_line(error)}")
+            yield Rejected(name, f"corrupt: {first_line(error)}")
+        except InputError:
+            raise
+        except Exception as error:
+            yield Rejected(name, f"corrupt: {first_line(error)}")
 
 
-def _first_line(error):
-    return (str(error) or type(error).__name__).strip("'\"").splitlines()[0]
+def first_line(error):
+    text = str(error).strip("'\" \n").splitlines() or [type(error).__name__]
+    return "".join(letter if letter.isprintable() else "?" for letter in text[0])[:200]
 
 
 def _is_rna(tags):
     """Whether the sequencer's context tags name a kit, or a sort of experiment, for direct RNA."""
     named = (tags.get(name, "") for name in ("kit", "sequencing_kit", "experiment_type", "experiment_kit"))
     return any("rna" in (name.decode() if isinstance(name, bytes) else str(name)).lower() for name in named)
+
+
+def _row(data):
+    """The values of a data set of HDF5; ValueError where it says it is larger than what is stored can be."""
+    if data.size * data.dtype.itemsize > MOST_COMPRESSED * data.id.get_storage_size():
+        raise ValueError("says it is longer than what is stored")
+    return data[:]
 
 
 def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=()):
@@ -168,7 +185,7 @@ def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=()):
         return Rejected(read_id, "no calibration")
     scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
     rna = _is_rna(dict(context_tags))
-    return RawRead(read_id, signal[:], float(calibration["offset"]), scale, float(sample_rate), rna)
+    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), rna)
 
 
 def _multi_read(file, name):
@@ -193,7 +210,10 @@ def _mapped_read(file, name):
     raw = _hdf5_raw(name, read["Dacs"], read.attrs, read.attrs.get("sample_rate", 0.0))
     if isinstance(raw, Rejected):
         return raw
-    bases, starts = read["Reference"][:], read["Ref_to_signal"][:].astype(np.int64)
+    bases, starts = _row(read["Reference"]), _row(read["Ref_to_signal"])
+    if bases.ndim != 1 or starts.ndim != 1 or bases.dtype.kind not in "iu" or starts.dtype.kind not in "iu":
+        raise ValueError("Reference or Ref_to_signal is not a row of integers")
+    starts = starts.astype(np.int64)
     if len(starts) != len(bases) + 1:
         raise ValueError("Ref_to_signal is not one longer than Reference")
     if len(bases) and (bases.min() < 0 or bases.max() > 3):
@@ -210,7 +230,7 @@ def normalised(raw):
     """The read's signal in med-mad units as float16, with shift and scale in pA; or the reason it cannot be used."""
     if len(raw.dacs) == 0:
         return "empty"
-    if not (np.isfinite(raw.offset) and np.isfinite(raw.scale) and raw.scale > 0):
+    if not (np.isfinite(raw.offset) and np.isfinite(raw.scale) and raw.scale > 0 and abs(raw.offset) < 2**32):
         return "no calibration"
     low, high = raw.dacs.min(), raw.dacs.max()
     current = picoamperes(raw.dacs, raw.offset, raw.scale)
@@ -317,7 +337,9 @@ class StoreWriter:
             self.left_out[raw.reason] += 1
             return
         labelled = raw.bases is not None and len(raw.bases) > 0
-        if (raw.id, labelled) in self.ids:
+        if not raw.id.isprintable() or len(raw.id.encode(errors="replace")) > READ_DTYPE["id"].itemsize:
+            result = "id too long or not printable"
+        elif (raw.id, labelled) in self.ids:
             result = "read twice"
         else:
             result = "unlabelled" if labelled_only and not labelled else normalised(raw)
@@ -341,6 +363,19 @@ class StoreWriter:
         info |= {"version": STORE_VERSION, "reads_read": self.raw_reads, "samples_read": self.samples}
         info |= {"kept": dict(self.kept), "left_out": dict(self.left_out)}
         (self.folder / "store.json").write_text(json.dumps(info, indent=1))
+
+
+def load_npy(path):
+    """The array in a .npy file, memory-mapped; ValueError or OSError if there is none."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # NumPy lets through what its parser of headers raises
+        raise ValueError(f"{path.name} is no array") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path.name} is no array")
+    return array
 
 
 def is_store(path):
@@ -409,13 +444,13 @@ def _add_bonito(store, path):
     for folder, split in parts:
         try:
             chunks, references, lengths = (
-                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("chunks", "references", "reference_lengths")
+                load_npy(folder / f"{name}.npy") for name in ("chunks", "references", "reference_lengths")
             )
             rows = np.arange(lengths.size)
             if (folder / "indices.npy").exists():
-                rows = np.load(folder / "indices.npy", mmap_mode="r")
+                rows = load_npy(folder / "indices.npy")
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: not a folder of Bonito's training arrays ({_first_line(error)})") from error
+            raise InputError(f"{folder}: not a folder of Bonito's training arrays ({first_line(error)})") from error
         shapes = chunks.shape, references.shape, lengths.shape
         if [len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes}) > 1:
             raise InputError(
@@ -425,7 +460,7 @@ def _add_bonito(store, path):
         kinds = chunks.dtype.kind + references.dtype.kind + lengths.dtype.kind
         if kinds[0] != "f" or not set(kinds[1:]) <= set("iu"):
             raise InputError(f"{folder}: chunks should hold floats, references and reference_lengths whole numbers")
-        if len(lengths) and (lengths.min() < 0 or lengths.max() > references.shape[1] or references.max() > 4):
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > references.shape[1] or references.max(initial=0) > 4):
             raise InputError(f"{folder}: reference_lengths outside references' width, or bases other than 1 to 4")
         if rows.ndim != 1 or rows.dtype.kind not in "iu" or (len(rows) and rows.min() < 0):
             raise InputError(f"{folder}: indices.npy should be a row of whole numbers from 0, the chunks to use")
@@ -449,17 +484,26 @@ class ReadStore:
         self.path = Path(path)
         try:
             self.info = json.loads((self.path / "store.json").read_text())
-            if self.info.get("version") != STORE_VERSION:
+            if not isinstance(self.info, dict) or self.info.get("version") != STORE_VERSION:
                 raise ValueError("written by another version")
-            self.reads = np.load(self.path / "reads.npy")
+            self.report()
+            self.reads = np.array(load_npy(self.path / "reads.npy"))
             self.signal, self.bases, self.base_starts = (
-                np.load(self.path / f"{name}.npy", mmap_mode="r") for name in ("signal", "bases", "base_starts")
+                load_npy(self.path / f"{name}.npy") for name in ("signal", "bases", "base_starts")
             )
-            if self.reads.dtype != READ_DTYPE or (self.reads["start"] + self.reads["length"]).max() > len(self.signal):
+            arrays = [(x.dtype, x.ndim) for x in (self.reads, self.signal, self.bases, self.base_starts)]
+            if arrays != [(np.dtype(kind), 1) for kind in (READ_DTYPE, "f2", "u1", "i4")]:
                 raise ValueError("its files do not belong together")
-        except (OSError, ValueError) as error:
+            for start, length, array in (("start", "length", self.signal), ("bases_start", "bases_length", self.bases)):
+                start, length = self.reads[start], self.reads[length]
+                inside = (start >= 0) & (length >= 0) & (start <= len(array)) & (length <= len(array) - start)
+                if not len(inside) or not inside.all() or len(self.bases) != len(self.base_starts):
+                    raise ValueError("its files do not belong together")
+            for read_id in self.reads["id"]:
+                read_id.decode()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{self.path}: not a whole read store ({_first_line(error)}); remove it and prepare it again"
+                f"{self.path}: not a whole read store ({first_line(error)}); remove it and prepare it again"
             ) from error
 
     def report(self):

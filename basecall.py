@@ -33,10 +33,10 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
-from common.data import ALPHABET, Rejected, count_reads, normalised, raw_files, reads_of
+from common.data import ALPHABET, Rejected, count_reads, listed, normalised, raw_files, reads_of
 from common.pore_model import HOP, frames_of
 from common.run import autocast, load_tensors, parse_args, pick_device
-from finetune_basecaller import STEPS_PER_FRAME, Basecaller
+from finetune_basecaller import STEPS_PER_FRAME, Basecaller, best_path
 
 STRIDE = HOP // STEPS_PER_FRAME  # samples a time step
 FORMATS = (".fastq", ".fq", ".fastq.gz", ".fq.gz", ".bam")
@@ -120,7 +120,7 @@ def decode(log_probs, beam_size):
     """log_probs (S, 5) -> the sequence of ACGT, the steps (B,) at which its bases begin, their qualities (B,)."""
     probs = np.ascontiguousarray(log_probs.exp().numpy())
     if beam_size == 1:
-        sequence, path = fast_ctc_decode.viterbi_search(probs, ALPHABET)
+        sequence, path = best_path(log_probs)
     else:  # its path has the step at which a prefix came up first; the lower the threshold, the earlier
         sequence, path = fast_ctc_decode.beam_search(probs, ALPHABET, beam_size, 0.1)
     starts = np.asarray(path, np.int64)
@@ -247,10 +247,8 @@ def main(args):
             write(call)
             called, bases = called + 1, bases + len(call.sequence)
         if not called:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "there are none"
-            raise InputError(f"{', '.join(map(str, args.data))}: no read was called ({reasons})")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    print(f"called: {called} reads, {bases} bases\nleft out: {reasons}", file=sys.stderr)
+            raise InputError(f"{', '.join(map(str, args.data))}: no read was called (left out: {listed(left_out)})")
+    print(f"called: {called} reads, {bases} bases\nleft out: {listed(left_out)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

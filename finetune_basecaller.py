@@ -168,8 +168,8 @@ def learning_rate(step, warmup_steps, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
 
 
-def decode(log_probs):
-    """log_probs (S, 5) -> the best path as a string of ACGT, and the step at which each base of it begins."""
+def best_path(log_probs):
+    """Greedy CTC decoding: log_probs (S, 5) -> a string of ACGT, and the step at which each base of it begins."""
     return fast_ctc_decode.viterbi_search(np.ascontiguousarray(log_probs.exp().numpy()), ALPHABET)
 
 
@@ -189,7 +189,7 @@ def validate(model, chunks, batch_size, device, precision):
         for row, bases in enumerate(batch.target_lengths.tolist()):
             if bases:
                 reference = "".join(ALPHABET[base] for base in targets[row, :bases])
-                identities.append(identity(decode(log_probs[row])[0], reference))
+                identities.append(identity(best_path(log_probs[row])[0], reference))
     model.train()
     return {
         "validation/loss": float(np.mean(losses)) if losses else math.inf,
@@ -208,7 +208,7 @@ def draw_calls(model, chunks, device, precision):
     signal = next(chunks.tiles(1)).signal
     with autocast(device, precision):
         log_probs, _ = model(signal.to(device))
-    called, steps = decode(log_probs[0].cpu())
+    called, steps = best_path(log_probs[0].cpu())
     bases, starts = chunks.bases(chunks.read_of[0], 0)
     end = signal.shape[1]
     rows = {"reference": (bases, [*starts, end])} if any(starts) else {}  # Bonito's arrays have no places

@@ -50,3 +50,7 @@ done <<END
 100000 2400 400
 100000 3600 400
 END
+
+# docs/squiggle.png
+$python -m benchmark.draw_read "$run/squiggle.png" "$data/$ecoli" --read ce4d48fa-9112-4aa8-b655-10c5064129db \
+    --samples 1200 --bam called="$run/window_600_chunk_3600_overlap_400.bam"

@@ -19,7 +19,7 @@ import pysam
 from tqdm import tqdm
 
 from common import InputError
-from common.data import RawRead, Rejected, first_line
+from common.data import RawRead, Rejected, first_line, listed
 
 CODES = np.zeros(256, np.uint8)  # of letters: 1-4 = ACGT, 0 for any other
 CODES[np.frombuffer(b"ACGTacgt", np.uint8)] = [1, 2, 3, 4] * 2
@@ -102,9 +102,10 @@ class Basecalls:
             raise InputError(f"--reference: {kinds[False]} is not aligned; align it, as with dorado aligner")
         reasons = Counter(place for places in self.places.values() for place in places if isinstance(place, str))
         if sum(reasons.values()) == sum(map(len, self.places.values())):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "it is empty"
             names = ", ".join(map(str, paths))
-            raise InputError(f"--bam {names}: no basecall can be used ({reasons}); basecall with --emit-moves")
+            raise InputError(
+                f"--bam {names}: no basecall can be used (left out: {listed(reasons)}); basecall with --emit-moves"
+            )
 
     def _index(self, number, path):
         """Notes the place of each basecall in the file, or why it cannot be used; says whether they are aligned."""

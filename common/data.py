@@ -160,7 +160,13 @@ def _hdf5_reads(file, path):
             yield Rejected(name, f"corrupt: {first_line(error)}")
 
 
+def listed(counts):
+    """{reason: count} in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
+
+
 def first_line(error):
+    """What an exception says, fit to be part of a line: its first line, printable and short, or its name."""
     text = str(error).strip("'\" \n").splitlines() or [type(error).__name__]
     return "".join(letter if letter.isprintable() else "?" for letter in text[0])[:200]
 
@@ -411,7 +417,7 @@ def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
     itself cannot be opened, or nothing can be kept; `out` appears when it is whole.
     """
     paths = [Path(path) for path in paths]
-    files = [(file, file == path) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
+    files = [(file, file in paths) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
     with written_whole(out, "free space or choose another place") as folder:
         store = StoreWriter(folder)
         total = sum(count_reads(file) for file, _ in files if not is_bonito(file))
@@ -429,8 +435,7 @@ def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
         if basecalls:
             store.left_out += basecalls.unused()
         if not store.reads:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in store.left_out.items())
-            raise InputError(f"{', '.join(map(str, paths))}: no read can be used ({reasons or 'there are none'})")
+            raise InputError(f"{', '.join(map(str, paths))}: no read can be used (left out: {listed(store.left_out)})")
         store.close(sources=[str(path) for path in paths])
     return ReadStore(out)
 
@@ -486,7 +491,7 @@ class ReadStore:
             self.info = json.loads((self.path / "store.json").read_text())
             if not isinstance(self.info, dict) or self.info.get("version") != STORE_VERSION:
                 raise ValueError("written by another version")
-            self.report()
+            self.report()  # which needs all that should be there
             self.reads = np.array(load_npy(self.path / "reads.npy"))
             self.signal, self.bases, self.base_starts = (
                 load_npy(self.path / f"{name}.npy") for name in ("signal", "bases", "base_starts")
@@ -511,8 +516,8 @@ class ReadStore:
         kept, left_out = self.info["kept"], self.info["left_out"]
         return [
             f"read: {self.info['reads_read']} reads, {self.info['samples_read'] / 1e6:.1f} M samples",
-            f"kept: {' + '.join(f'{count} {kind}' for kind, count in kept.items())}",
-            f"left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items()) or 'none'}",
+            f"kept: {listed(kept)}",
+            f"left out: {listed(left_out)}",
         ]
 
 

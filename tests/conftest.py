@@ -1,9 +1,12 @@
 """Fixtures of all tests: a cache folder of their own, the real reads where they are, simulated reads."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+import prepare_data
+from common.run import parse_args
 from common.simulate import write_simulated
 
 
@@ -29,3 +32,15 @@ def simulated(tmp_path_factory):
     path = tmp_path_factory.mktemp("simulated") / "reads.hdf5"
     write_simulated(path, reads=12, mean_bases=1000, seed=1)
     return path
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """prepare_data.py with these words, in this process."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        prepare_data.main(parse_args(prepare_data.Args))
+
+    return run

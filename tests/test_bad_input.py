@@ -179,7 +179,7 @@ def test_no_read_is_usable(refused, simulated, tmp_path, edit, reason):
     path = edited(simulated, tmp_path / "bad.hdf5", edit)
     for script, words in (("barlow", ["--data"]), ("prepare_data", [])):
         message = refused(script, *words, path)
-        assert message.startswith(f"{path}: no read can be used (12 ") and reason in message
+        assert message.startswith(f"{path}: no read can be used (left out: 12 ") and reason in message
 
 
 def test_a_bad_read_in_a_good_file_is_skipped_and_counted(simulated, tmp_path, capsys):

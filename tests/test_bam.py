@@ -5,7 +5,6 @@ import itertools
 import json
 import multiprocessing
 import re
-import sys
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +13,9 @@ import numpy as np
 import pysam
 import pytest
 
-import prepare_data
 from common import InputError
 from common.bam import Basecalls
 from common.data import RawRead, ReadStore, Rejected, hash_of, normalised, raw_reads
-from common.run import parse_args
 from common.simulate import kmer_levels
 from tests.test_data import wander, write_pod5
 
@@ -429,18 +426,6 @@ def test_changed_tags_are_labelled_or_rejected(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- prepare_data.py
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """prepare_data.py with these words, in this process."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        prepare_data.main(parse_args(prepare_data.Args))
-
-    return run
 
 
 def write_raw(path, reads):

@@ -553,10 +553,10 @@ def test_reads_that_cannot_be(refused, call, raw_file, reads, tmp_path, capsys):
     assert refused(folder).startswith(f"{folder}: no .pod5")
     (folder / "a.pod5").write_text("no reads")
     assert refused(folder / "a.pod5").startswith(f"{folder}/a.pod5: cannot be read as pod5")
-    assert refused(folder) == f"{folder}: no read was called (1 in files that cannot be read)"
+    assert refused(folder) == f"{folder}: no read was called (left out: 1 in files that cannot be read)"
     constant = {name: np.full(500, 7, np.int16) for name in reads}
     write_fast5(folder / "b.fast5", constant)
-    assert f"(1 in files that cannot be read, {len(reads)} constant)" in refused(folder)
+    assert f"(left out: 1 in files that cannot be read, {len(reads)} constant)" in refused(folder)
     assert refused(raw_file, folder / "a.pod5", out="calls.bam").startswith(f"{folder}/a.pod5: cannot be read as pod5")
     capsys.readouterr()
     assert parsed(call(folder, raw_file, folder / "b.fast5")).keys() == reads.keys()
@@ -570,4 +570,4 @@ def test_reads_without_a_base_are_counted(refused, raw_file, reads, tmp_path):
     model.head.bias.data[::5] += 100  # all blank
     torch.save(model.state_dict(), tmp_path / "blank.pt")
     for name in ("calls.bam", "-"):
-        assert refused(raw_file, weights="blank.pt", out=name).endswith(f"({len(reads)} no base called)")
+        assert refused(raw_file, weights="blank.pt", out=name).endswith(f"(left out: {len(reads)} no base called)")

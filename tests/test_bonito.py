@@ -1,18 +1,14 @@
 """Bonito's training arrays both ways, against its loader's rules as written out here; Bonito itself is not needed."""
 
-import sys
-
 import h5py
 import numpy as np
 import pytest
 import torch
 
 import finetune_basecaller
-import prepare_data
 from benchmark.plot_runs import read_metrics
 from common import InputError
 from common.data import Chunks, hash_of, open_data, prepare
-from common.run import parse_args
 
 LENGTH = 200  # samples a chunk
 NAMES = ("chunks", "references", "reference_lengths")
@@ -49,18 +45,6 @@ def items(chunks, targets, lengths):
 # ------------------------------------------------------------------------------------------------------ what we write
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """prepare_data.py --bonito with these words, in this process."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words), "--bonito"])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        prepare_data.main(parse_args(prepare_data.Args))
-
-    return run
-
-
 def tiles_of(path):
     """{split: [(signal, bases)]} of each tile with bases, in float64 and straight from the mapped-signal HDF5."""
     tiles = {"training": [], "validation": []}
@@ -81,7 +65,7 @@ def tiles_of(path):
 @pytest.mark.parametrize("kind", ["raw", "store"])
 def test_what_we_write_opens_by_its_rules(simulated, tmp_path, command, kind, capsys):
     source = simulated if kind == "raw" else prepare([simulated], tmp_path / "store").path
-    command(source, "-o", tmp_path / "arrays", "--chunk-len", LENGTH)
+    command(source, "-o", tmp_path / "arrays", "--chunk-len", LENGTH, "--bonito")
     assert "cannot be spelled" in capsys.readouterr().out
     written = sorted(str(path.relative_to(tmp_path / "arrays")) for path in (tmp_path / "arrays").rglob("*.*"))
     assert written == sorted(f"{part}{name}.npy" for part in ("", "validation/") for name in NAMES)
@@ -100,14 +84,14 @@ def test_what_we_write_opens_by_its_rules(simulated, tmp_path, command, kind, ca
 
 def test_there_and_back(simulated, tmp_path, command):
     """Training on what we write sees its very chunks, and writing them again gives the same files."""
-    command(simulated, "-o", tmp_path / "arrays", "--chunk-len", LENGTH)
+    command(simulated, "-o", tmp_path / "arrays", "--chunk-len", LENGTH, "--bonito")
     stores = open_data([tmp_path / "arrays"])
     for split, (chunks, targets, lengths) in load_both(tmp_path / "arrays").items():
         (batch,) = Chunks(stores, LENGTH, split, labelled=True).tiles(10**6)
         np.testing.assert_array_equal(batch.signal, chunks)
         np.testing.assert_array_equal(batch.targets, targets)
         np.testing.assert_array_equal(batch.target_lengths, lengths)
-    command(tmp_path / "arrays", "-o", tmp_path / "again", "--chunk-len", LENGTH)
+    command(tmp_path / "arrays", "-o", tmp_path / "again", "--chunk-len", LENGTH, "--bonito")
     for part in ("", "validation/"):
         for name in NAMES:
             first, second = (tmp_path / folder / f"{part}{name}.npy" for folder in ("arrays", "again"))
@@ -121,7 +105,7 @@ def test_reads_without_bases_are_refused(simulated, tmp_path, command):
             del read["Reference"], read["Ref_to_signal"]
             read["Reference"], read["Ref_to_signal"] = np.zeros(0, np.int16), np.zeros(1, np.int32)
     with pytest.raises(InputError, match="no labelled training read"):
-        command(tmp_path / "reads.hdf5", "-o", tmp_path / "out", "--chunk-len", LENGTH)
+        command(tmp_path / "reads.hdf5", "-o", tmp_path / "out", "--chunk-len", LENGTH, "--bonito")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -11,7 +11,7 @@ from benchmark.plot_runs import read_metrics
 from common import InputError
 from common.pore_model import PoreModel
 from common.run import parse_args
-from finetune_basecaller import Args, Basecaller, ctc_loss, decode, jitter, learning_rate, main
+from finetune_basecaller import Args, Basecaller, best_path, ctc_loss, jitter, learning_rate, main
 
 
 def enumerated_loss(log_probs, target):
@@ -69,11 +69,11 @@ def test_a_state_dict_rebuilds_the_basecaller():
             Basecaller.from_state_dict(rubbish)
 
 
-def test_decode_merges_repeats_and_drops_blanks():
+def test_the_best_path_merges_repeats_and_drops_blanks():
     path = [0, 1, 1, 0, 1, 3, 3, 4, 0, 2]
     log_probs = torch.full((len(path), 5), -10.0)
     log_probs[range(len(path)), path] = -0.01
-    assert decode(log_probs) == ("AAGTC", [1, 4, 5, 7, 9])
+    assert best_path(log_probs) == ("AAGTC", [1, 4, 5, 7, 9])
 
 
 def test_jitter_has_the_spread_asked_for():

@@ -11,25 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
-import prepare_data
 from common import InputError
 from common.data import ReadStore, hash_of
-from common.run import parse_args
 
 PROJECT = Path(__file__).parents[1]
 LENGTH = 200  # samples a chunk
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """prepare_data.py with these words, in this process."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        prepare_data.main(parse_args(prepare_data.Args))
-
-    return run
 
 
 def spelled_chunks(path):

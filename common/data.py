@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 import shutil
 import sys
 from collections import Counter
@@ -117,17 +118,28 @@ def count_reads(path):
 def _pod5_reads(path):
     with pod5.Reader(path) as reader:
         for read in reader.reads():
+            read_id = "without an id"
             try:
+                read_id = str(read.read_id)
                 yield RawRead(
-                    str(read.read_id),
-                    read.signal,
-                    read.calibration.offset,
-                    read.calibration.scale,
-                    read.run_info.sample_rate,
+                    read_id,
+                    _pod5_signal(read),
+                    float(read.calibration.offset),
+                    float(read.calibration.scale),
+                    float(read.run_info.sample_rate),
                     _is_rna(read.run_info.context_tags | {"kit": read.run_info.sequencing_kit}),
                 )
             except Exception as error:
-                yield Rejected(str(read.read_id), f"corrupt: {first_line(error)}")
+                yield Rejected(read_id, f"corrupt: {first_line(error)}")
+
+
+def _pod5_signal(read):
+    """The samples of a POD5 read; ValueError where its rows in the table of signal are not as long as it says."""
+    rows = read.signal_rows
+    # where a row has no bytes, pod5 takes what lies in memory for its samples
+    if sum(row.sample_count for row in rows) != read.num_samples or not all(row.byte_count for row in rows):
+        raise ValueError("the signal is not as long as the read says")
+    return read.signal
 
 
 def _hdf5_layout(file):
@@ -178,10 +190,29 @@ def _is_rna(tags):
 
 
 def _row(data):
-    """The values of a data set of HDF5; ValueError where it says it is larger than what is stored can be."""
+    """The values of a data set of HDF5; ValueError where it, or a chunk of it, is not as long as it says."""
     if data.size * data.dtype.itemsize > MOST_COMPRESSED * data.id.get_storage_size():
         raise ValueError("says it is longer than what is stored")
+    created = data.id.get_create_plist()
+    filters = [created.get_filter(i)[0] for i in range(created.get_nfilters())]
+    if filters:
+        length = data.chunks[0] * data.dtype.itemsize
+        for first in range(0, data.size, data.chunks[0]):
+            # HDF5 would take for values what lies in memory behind a chunk that is too short
+            if _unpacked_length(*data.id.read_direct_chunk((first,)), filters, length) != length:
+                raise ValueError("a chunk is not as long as it says")
     return data[:]
+
+
+def _unpacked_length(skipped, packed, filters, length):
+    """The bytes that a chunk of HDF5 really has; `length`, those that it should have, if its filters do not tell."""
+    if skipped:  # its filters, as where they would have made it longer
+        return len(packed)
+    if h5py.h5z.FILTER_DEFLATE in filters:
+        return len(zlib.decompressobj().decompress(packed, length + 1))
+    if 32020 in filters:  # VBZ, which begins with it, and ends the process where it is missing
+        return int.from_bytes(packed[:4], "little") if len(packed) >= 4 else 0
+    return length
 
 
 def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=()):

@@ -5,9 +5,9 @@ process of its own, does the cases, so that one which kills it is known; hypothe
 
 What holds of the signal: reads that a mutation did not touch come out bit by bit as they were. A read of which other
 than the samples was touched is left out, or its signal is a piece of what it was. Samples that were flipped are found
-out where there is a checksum (gzip, BGZF); elsewhere (POD5, uncompressed HDF5, .npy) that read's, and only that read's,
-may be other numbers. Flips in the structure of a file without checksums (HDF5, POD5, .npy headers, the table of the
-read store) may do more; there it only has to end well, with a store that is whole and can be used.
+out where there is a checksum (gzip, BGZF); elsewhere (POD5, VBZ, uncompressed HDF5, .npy) that read's, and only that
+read's, may be other numbers. Flips in the structure of a file without checksums (HDF5, POD5, .npy headers, the table of
+the read store) may do more; there it only has to end well, with a store that is whole and can be used.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import h5py
 import hypothesis.configuration
 import numpy as np
 import pod5
+import pyarrow as pa
 import pysam
 import pytest
 import torch
@@ -51,8 +52,9 @@ fuzzed = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
+VBZ = {"compression": 32020, "compression_opts": (0, 2, 1, 1)}  # as MinKNOW writes it
 KINDS = ["mapped.hdf5", "multi.fast5", "single.fast5", "reads.pod5", "bonito", "store", "called.bam", "md.bam"]
-KINDS += ["reference.bam"]
+KINDS += ["reference.bam", "vbz.fast5"]
 
 
 # ------------------------------------------------------------------------------------------------------- good files
@@ -64,6 +66,11 @@ def make_good(folder):
     write_mapped(folder / "mapped.hdf5", reads, sample_rate=4000.0)
     write_fast5(folder / "multi.fast5", reads)
     write_fast5(folder / "single.fast5", some_reads(1), single=True)
+    write_fast5(folder / "vbz.fast5", reads)
+    with h5py.File(folder / "vbz.fast5", "r+") as file:
+        for name, data, _ in hdf5_reads(file, "vbz.fast5"):
+            del file[data]
+            file.create_dataset(data, data=reads[name], chunks=(1000,), **VBZ)
     write_pod5(folder / "reads.pod5", reads)
     rng = np.random.default_rng(0)
     references = [rng.integers(1, 5, 9) for _ in range(12)]
@@ -174,7 +181,7 @@ def hdf5_reads(file, kind):
     """The id, the path of the samples and the path of the group of each read in an HDF5 file."""
     if kind == "mapped.hdf5":
         return [(name, f"Reads/{name}/Dacs", f"Reads/{name}") for name in file["Reads"]]
-    if kind == "multi.fast5":
+    if kind != "single.fast5":
         return [(name.removeprefix("read_"), f"{name}/Raw/Signal", name) for name in file]
     read_id = file["Raw/Reads/Read_7"].attrs["read_id"].decode()
     return [(read_id, "Raw/Reads/Read_7/Signal", "/")]
@@ -369,6 +376,171 @@ POD5 = st.tuples(
         [(field, value) for field in ("offset", "scale") for value in (np.nan, np.inf, -np.inf, 0.0, -1.0, 3e38, 1e-45)]
         + [("offset", 1e17), ("sample_rate", 0), ("sample_rate", 65535)]
         + [("signal", value) for value in ([], [0], [32767, -32768], list(range(500)))]
+    ),
+).map(lambda drawn: (drawn[0], *drawn[1]))
+
+
+def packed_chunk(samples, vbz):
+    """A chunk of HDF5 that holds these samples."""
+    if not vbz:
+        return zlib.compress(samples.tobytes())
+    with h5py.File.in_memory() as file:
+        return file.create_dataset("a", data=samples, chunks=samples.shape, **VBZ).id.read_direct_chunk((0,))[1]
+
+
+def mutate_chunk(path, which, chunk, how, value):
+    """Changes a compressed chunk of the samples of one read in a FAST5: its bytes, or the lengths that it says."""
+    vbz = path.name == "vbz.fast5"
+    with h5py.File(path, "r+") as file:
+        reads = hdf5_reads(file, path.name)
+        name, samples, _ = reads[which % len(reads)]
+        samples = file[samples]
+        place = (chunk % samples.id.get_num_chunks() * samples.chunks[0],)
+        skipped, packed = samples.id.read_direct_chunk(place)
+        if how == "bytes":
+            packed, _ = changed_bytes(packed, value)
+        elif how == "first bytes":
+            packed = packed[:value]
+        elif how == "holds":  # so many samples
+            packed = packed_chunk(np.resize(samples[:], value), vbz)
+        elif how == "zeros":  # so many bytes
+            content = bytes(value)
+            packed = packed[:4] + pa.compress(content, "zstd", asbytes=True) if vbz else zlib.compress(content, 1)
+        elif how == "not compressed":
+            skipped, packed = 1, samples[:value].tobytes()
+        elif how == "length":
+            packed = struct.pack("<I", value % 2**32) + packed[4:]
+        elif how == "zstd length":  # in 8 bytes, instead of 2
+            assert packed[8] == 0x60
+            packed = packed[:8] + b"\xe0" + struct.pack("<Q", value % 2**64) + packed[11:]
+        elif how == "keys":  # how many bytes each sample has, two bits for each, before these bytes
+            content = pa.CompressedInputStream(pa.BufferReader(packed[4:]), "zstd").read()
+            content = bytes([value]) * (samples.chunks[0] // 4) + content[samples.chunks[0] // 4 :]
+            packed = packed[:4] + pa.compress(content, "zstd", asbytes=True)
+        samples.id.write_direct_chunk(place, packed or b"\0", skipped)  # an empty one cannot be written
+    return Touched(samples=[name] if how == "bytes" else (), rest=[name])
+
+
+LENGTHS = [0, 1, 2, 4, 1998, 1999, 2001, 2002, 4000, 20_000, 2**26, 2**31 - 2, 2**31, -2, -8]  # the true one is 2000
+CHUNKS = [("first bytes", value) for value in range(1, 18)]
+CHUNKS += [("holds", value) for value in (1, 2, 500, 999, 1001, 10**5)]
+CHUNKS += [("zeros", value) for value in (1, 10**5, 2**26)]  # not more: VBZ's filter unpacks all that there truly is
+CHUNKS += [("not compressed", value) for value in (1, 500, 999)]
+VBZ_CHUNKS = CHUNKS + [("length", value) for value in LENGTHS]
+VBZ_CHUNKS += [("zstd length", value) for value in (0, 1, 10**5, 2**31, 2**32 + 5, 2**40, -1, -2)]
+VBZ_CHUNKS += [("keys", value) for value in (0, 0x55, 0xAA, 0xFF)]
+
+
+def chunk_mutations(kinds):
+    """A read, one of its chunks, and what is done to it."""
+    done = st.one_of(st.tuples(st.just("bytes"), BYTES), st.sampled_from(kinds))
+    return st.tuples(st.integers(0, 3), st.integers(0, 2), done).map(lambda drawn: (*drawn[:2], *drawn[2]))
+
+
+def put_table(path, name, change):
+    """Writes one of the tables of a POD5 ("read", "run_info", "signal") anew: change(batch) gives schema and batches.
+
+    It comes behind the others; the footer, which has the place of each, is made to point there.
+    """
+    with pod5.Reader(path) as reader:
+        place = getattr(reader.inner_file_reader, f"get_file_{name}_table_location")()
+    whole = path.read_bytes()
+    schema, batches = change(pa.ipc.open_file(whole[place.offset : place.offset + place.length]).get_batch(0))
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_file(out, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    table, footer = out.getvalue().to_pybytes(), whole.rindex(b"FOOTER")
+    old, new = struct.pack("<2q", place.offset, place.length), struct.pack("<2q", footer, len(table))
+    assert footer % 8 == 0 and whole.count(old, footer) == 1
+    path.write_bytes(whole[:footer] + table + bytes(-len(table) % 8) + whole[footer:].replace(old, new))
+
+
+ODD_COLUMNS = {
+    "missing": lambda old: None,
+    "all null": lambda old: pa.nulls(len(old), old.type),
+    "nulls": lambda old: pa.nulls(len(old)),
+    "floats": lambda old: pa.array([np.nan, 1e300, -1.0, 0.0][: len(old)]),
+    "int8": lambda old: pa.array([-1, 0, 1, 2][: len(old)], pa.int8()),
+    "int64": lambda old: pa.array([-(2**63), 2**63 - 1, 0, 2300][: len(old)]),
+    "text": lambda old: pa.array(["a"] * len(old)),
+    "bytes": lambda old: pa.array([b"abc"] * len(old)),
+    "lists": lambda old: pa.array([[1]] * len(old), pa.list_(pa.int16())),
+    "large lists": lambda old: pa.array([[1]] * len(old), pa.large_list(pa.int16())),  # uncompressed signal
+    "structs": lambda old: pa.array([{"a": 1}] * len(old)),
+    "dictionary": lambda old: pa.array(["a"] * len(old)).dictionary_encode(),
+    "bool": lambda old: pa.array([True] * len(old)),
+    "times": lambda old: pa.array([2**62] * len(old), pa.timestamp("ns")),
+}
+ODD_BATCHES = {
+    "no batch": lambda batch: [],
+    "an empty batch": lambda batch: [batch[:0]],
+    "an empty batch first": lambda batch: [batch[:0], batch],
+    "unequal batches": lambda batch: [batch[:1], batch[1:3], batch[3:]],
+    "twice": lambda batch: [batch, batch],
+    "cut": lambda batch: [batch[:2]],
+}
+ODD_VALUES = {
+    ("read", "read_id"): [None, bytes(16), b"\xff" * 16],
+    ("read", "num_samples"): [0, 1, 2**31, 2**64 - 1, None],
+    ("read", "signal"): [None, [], [None], [4], [2**31], [2**63], [2**64 - 1], [0] * 5, [0, 1], [0] * 100_000],
+    ("read", "calibration_offset"): [np.nan, np.inf, None],
+    ("read", "calibration_scale"): [np.nan, -np.inf, 0.0, None],
+    ("read", "run_info"): [-1, 1, 2**15 - 1, None],  # in these three, places in a dictionary
+    ("read", "end_reason"): [-1, 99, None],
+    ("read", "pore_type"): [-1, 99, None],
+    ("signal", "read_id"): [None, bytes(16)],
+    ("signal", "samples"): [0, 1, 1999, 102_400, 2**31, 2**32 - 1, None],
+    ("signal", "signal"): [None, b"", b"a", bytes(5000), b"\x28\xb5\x2f\xfd\xe0" + b"\xff" * 9],
+    ("run_info", "acquisition_id"): [None, "", "a\n" * 5000],
+    ("run_info", "sample_rate"): [0, 65535, None],
+    ("run_info", "sequencing_kit"): [None, "", "rna", "a\n" * 5000],
+    ("run_info", "context_tags"): [None, [], [("kit", None)], [("a", "a")] * 5000],
+    ("run_info", "acquisition_start_time"): [2**62, None],
+}
+
+
+def mutate_arrow(path, which, table, column, how, value=None):
+    """Changes one of the Arrow tables in a POD5, a column of it, or one value in that."""
+    with pod5.Reader(path) as reader:
+        names = [str(read.read_id) for read in reader.reads()]  # each has a row of signal, too
+
+    def change(batch):
+        if how in ODD_BATCHES:
+            return batch.schema, ODD_BATCHES[how](batch)
+        place, row = batch.schema.get_field_index(column), which % len(batch)
+        field, old = batch.schema.field(place), batch.column(place)
+        batch = batch.remove_column(place)
+        if how in ODD_COLUMNS:
+            new = ODD_COLUMNS[how](old)
+            if new is not None:
+                batch = batch.add_column(place, pa.field(column, new.type, metadata=field.metadata), new)
+            return batch.schema, [batch]
+        in_dictionary = pa.types.is_dictionary(old.type)
+        plain = old.indices if in_dictionary else old.cast(pa.int64()) if pa.types.is_timestamp(old.type) else old
+        values = plain.to_pylist()
+        values[row] = values[row - 1] if how == "that of another" else value
+        if in_dictionary:
+            new = pa.DictionaryArray.from_arrays(pa.array(values, pa.int16()), old.dictionary, safe=False)
+        else:
+            new = pa.array(values, old.type)
+        batch = batch.add_column(place, field, new)
+        return batch.schema, [batch]
+
+    put_table(path, table, change)
+    name, before = names[which % len(names)], names[which % len(names) - 1]
+    if how == "that of another" and (table, column) == ("read", "read_id"):
+        return Touched(samples=[before], rest=[name, before])  # of two reads of one id the first is taken
+    return Touched(rest=["all"] if how in ODD_COLUMNS or how in ODD_BATCHES or table == "run_info" else [name])
+
+
+ARROW = st.tuples(
+    st.integers(0, 3),
+    st.sampled_from(
+        [(*place, "value", value) for place, values in ODD_VALUES.items() for value in values]
+        + [(*place, "that of another") for place in ODD_VALUES]
+        + [(*place, how) for place in ODD_VALUES for how in ODD_COLUMNS]
+        + [(table, "", how) for table in ("read", "signal", "run_info") for how in ODD_BATCHES]
     ),
 ).map(lambda drawn: (drawn[0], *drawn[1]))
 
@@ -580,10 +752,7 @@ def mutate_records(path, which, value):
 RECORDS = st.tuples(
     st.integers(0, 3), st.sampled_from([*ODD_TAGS, *ODD_CIGARS, *ODD_FIELDS, *ODD_BAM_HEADERS, "twice"])
 )
-MUTATIONS = {
-    f.__name__: f
-    for f in (mutate_bytes, mutate_bam_bytes, mutate_hdf5, mutate_pod5, mutate_npy, mutate_table, mutate_records)
-}
+MUTATIONS = {name: thing for name, thing in globals().items() if name.startswith("mutate_")}
 
 
 # ----------------------------------------------------------------------------------------------------------- worker
@@ -607,6 +776,7 @@ def run_case(good, expected, kind, mutation, *values):
             assert message.isprintable(), f"not printable: {message!r}"
             assert set(folder.rglob("*")) == before, "it left files"
             whole = kind in ("bonito", "store", "single.fast5") or kind.endswith("bam")
+            whole = whole or "all" in touched.rest
             assert touched.anything or whole, f"refused for one read: {message}"
             return
         assert not [left for left in folder.iterdir() if ".part-" in left.name], "it left files"
@@ -626,7 +796,7 @@ def run_case(good, expected, kind, mutation, *values):
             if name in touched.samples:
                 continue
             assert is_piece(found[name][0], expected["whole"][kind][name]), f"silently another signal: {name}"
-        if kind.endswith(("multi.fast5", "single.fast5")) and mutation == "mutate_bytes":
+        if kind in ("multi.fast5", "single.fast5") and mutation in ("mutate_bytes", "mutate_chunk"):
             for name in touched.samples & found.keys():
                 assert np.array_equal(found[name][0], expected[kind][name][0]), f"gzip's checksum passed over: {name}"
     finally:
@@ -739,10 +909,28 @@ def test_a_read_in_hdf5(run, kind, values):
     run(kind, "mutate_hdf5", *values)
 
 
+@given(values=chunk_mutations(CHUNKS))
+@fuzzed
+def test_a_chunk_of_gzip(run, values):
+    run("multi.fast5", "mutate_chunk", *values)
+
+
+@given(values=chunk_mutations(VBZ_CHUNKS))
+@fuzzed
+def test_a_chunk_of_vbz(run, values):
+    run("vbz.fast5", "mutate_chunk", *values)
+
+
 @given(values=POD5)
 @fuzzed
 def test_a_read_in_pod5(run, values):
     run("reads.pod5", "mutate_pod5", *values)
+
+
+@given(values=ARROW)
+@settings(fuzzed, max_examples=200)
+def test_a_table_of_a_pod5(run, values):
+    run("reads.pod5", "mutate_arrow", *values)
 
 
 @pytest.mark.parametrize("kind", ["bonito", "store"])
@@ -778,8 +966,20 @@ FOUND = {
     "FAST5 whose Raw/Reads is a scalar": ("single.fast5", "mutate_hdf5", 0, 1, "scalar"),
     "FAST5 whose Raw/Reads is a row of numbers": ("single.fast5", "mutate_hdf5", 0, 1, "floats"),
     "FAST5 whose Raw/Reads is an endless row": ("single.fast5", "mutate_hdf5", 0, 1, "declared 8 TiB"),
+    "gzip chunk that holds too little": ("multi.fast5", "mutate_chunk", 1, 0, "holds", 500),
+    "gzip chunk that was not compressed": ("multi.fast5", "mutate_chunk", 1, 0, "not compressed", 500),
+    "gzip chunk that holds 512 MiB": ("multi.fast5", "mutate_chunk", 1, 0, "zeros", 2**29),
+    "VBZ chunk of three bytes": ("vbz.fast5", "mutate_chunk", 1, 0, "first bytes", 3),
+    "VBZ chunk that holds too little": ("vbz.fast5", "mutate_chunk", 1, 0, "holds", 500),
+    "VBZ chunk that was not compressed": ("vbz.fast5", "mutate_chunk", 1, 0, "not compressed", 500),
     "POD5 offset that drowns the samples": ("reads.pod5", "mutate_pod5", 1, "offset", 1e17),
     "POD5 that cannot be counted": ("reads.pod5", "mutate_bytes", 4, ("fill", 893501, 35, 255)),
+    "POD5 read without calibration": ("reads.pod5", "mutate_arrow", 1, "read", "calibration_offset", "value"),
+    "POD5 read without id": ("reads.pod5", "mutate_arrow", 1, "read", "read_id", "value"),
+    "POD5 signal of another read": ("reads.pod5", "mutate_arrow", 1, "read", "signal", "that of another"),
+    "POD5 read of 100,000 times one row": ("reads.pod5", "mutate_arrow", 1, "read", "signal", "value", [0] * 100_000),
+    "POD5 signal without bytes": ("reads.pod5", "mutate_arrow", 1, "signal", "signal", "value", b""),
+    "POD5 signal in unequal batches": ("reads.pod5", "mutate_arrow", 1, "signal", "", "unequal batches"),
     ".npy that is empty": ("bonito", "mutate_npy", 0, "empty"),
     ".npy with an unfinished header": ("bonito", "mutate_npy", 0, "'''"),
     ".npy with a header too deep": ("bonito", "mutate_npy", 0, "-" * 9000 + "1"),

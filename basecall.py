@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from common import InputError
 from common.data import ALPHABET, Rejected, count_reads, listed, normalised, raw_files, reads_of
+from common.files import written_whole
 from common.pore_model import HOP, frames_of
 from common.run import autocast, load_tensors, parse_args, pick_device
 from finetune_basecaller import STEPS_PER_FRAME, Basecaller, best_path
@@ -186,9 +187,7 @@ def writer(path):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         return
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, name=f"--out {path}") as part:
         if path.suffix == ".bam":
             program = {"ID": "basecaller", "PN": "poressl", "CL": shlex.join(sys.argv)}
             header = pysam.AlignmentHeader.from_dict({"HD": {"VN": "1.6", "SO": "unknown"}, "PG": [program]})
@@ -197,16 +196,6 @@ def writer(path):
         else:
             with gzip.open(part, "wt") if path.suffix == ".gz" else open(part, "w") as file:
                 yield lambda call: file.write(fastq(call))
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.rename(path)
-    except OSError as error:
-        raise InputError(
-            f"--out {path}: cannot be written ({error.strerror or error}); free space or choose another place"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def trained_chunk_len(path):

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from common import InputError
 from common.bam import Basecalls
-from common.data import Chunks, NpyWriter, ctc_steps_needed, is_bonito, open_data, prepare, written_whole
+from common.data import Chunks, NpyWriter, ctc_steps_needed, is_bonito, open_data, prepare
+from common.files import written_whole
 from common.pore_model import frames_of
 from common.run import parse_args
 
@@ -73,7 +74,8 @@ def audit(stores, chunk_len):
 
 def write_bonito(stores, out, chunk_len):
     """Writes all tiles of the labelled reads as Bonito's arrays; `out` appears when they are whole."""
-    with written_whole(out, "free space or choose another place") as folder:
+    with written_whole(out) as folder:
+        folder.mkdir()
         for split, part in (("training", folder), ("validation", folder / "validation")):
             try:
                 chunks = Chunks(stores, chunk_len, split, labelled=True)

@@ -6,10 +6,8 @@ Written as mapped-signal HDF5, so that simulated and real reads take one path. T
 92 real E. coli R9.4 reads (489 001 bases, test reads of hasindu2008/f5c), in normalised (med-mad) units.
 """
 
-import contextlib
 import hashlib
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +17,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common import InputError
+from common.files import make_once, written_whole
 from common.run import parse_args
 
 # z-scored current of a 6-mer = the sum of four entries, one for each of its trinucleotides, by position (columns 0-3).
@@ -130,43 +128,34 @@ def simulate_read(rng, bases, easy=False):
 
 def write_simulated(path, reads, mean_bases=4000, seed=0, easy=False):
     """Writes `reads` simulated reads as mapped-signal HDF5; the file depends on the arguments alone."""
-    part = Path(f"{path}.part-{os.getpid()}")
     image = io.BytesIO()  # HDF5 crashes where the disk is full; a plain write is an error
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(image, "w") as file:
-            for number in tqdm(range(reads), desc=f"simulating {Path(path).name}", unit=" reads"):
-                rng = np.random.default_rng([seed, number])
-                bases = rng.integers(0, 4, max(1000, int(rng.gamma(4.0, mean_bases / 4.0))))
-                signal, starts = simulate_read(rng, bases, easy)
-                # pores and channels differ: each read has a gain and an offset of its own, which normalisation undoes
-                current = (LEVEL_MEAN + rng.normal(0, 5)) + LEVEL_SD * rng.normal(1, 0.05) * signal
-                dacs = np.clip(np.round(current * DIGITISATION / RANGE - OFFSET), -4096, 4095).astype(np.int16)
-                read_id = f"simulated-{seed}-{number}"
-                group = file.create_group(f"Reads/{read_id}")
-                group.create_dataset("Dacs", data=dacs, compression="gzip", compression_opts=1)
-                group.create_dataset("Reference", data=bases.astype(np.int16))
-                group.create_dataset("Ref_to_signal", data=starts.astype(np.int32))
-                shift = np.median(current)
-                group.attrs.update(
-                    read_id=read_id, range=RANGE, offset=OFFSET, digitisation=DIGITISATION, sample_rate=SAMPLE_RATE,
-                    shift_frompA=shift, scale_frompA=1.4826 * np.median(abs(current - shift)),
-                )  # fmt: skip
+    with h5py.File(image, "w") as file:
+        for number in tqdm(range(reads), desc=f"simulating {Path(path).name}", unit=" reads"):
+            rng = np.random.default_rng([seed, number])
+            bases = rng.integers(0, 4, max(1000, int(rng.gamma(4.0, mean_bases / 4.0))))
+            signal, starts = simulate_read(rng, bases, easy)
+            # pores and channels differ: each read has a gain and an offset of its own, which normalisation undoes
+            current = (LEVEL_MEAN + rng.normal(0, 5)) + LEVEL_SD * rng.normal(1, 0.05) * signal
+            dacs = np.clip(np.round(current * DIGITISATION / RANGE - OFFSET), -4096, 4095).astype(np.int16)
+            read_id = f"simulated-{seed}-{number}"
+            group = file.create_group(f"Reads/{read_id}")
+            group.create_dataset("Dacs", data=dacs, compression="gzip", compression_opts=1)
+            group.create_dataset("Reference", data=bases.astype(np.int16))
+            group.create_dataset("Ref_to_signal", data=starts.astype(np.int32))
+            shift = np.median(current)
+            group.attrs.update(
+                read_id=read_id, range=RANGE, offset=OFFSET, digitisation=DIGITISATION, sample_rate=SAMPLE_RATE,
+                shift_frompA=shift, scale_frompA=1.4826 * np.median(abs(current - shift)),
+            )  # fmt: skip
+    with written_whole(Path(path)) as part:
         part.write_bytes(image.getbuffer())
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def simulated_file(folder):
     """The reads that scripts use when they are given no data: 300 of about 35 000 samples, made once in `folder`."""
     version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()  # another simulator, other reads
     path = folder / f"simulated-300-{version}.hdf5"
-    if not path.exists():
-        write_simulated(path, 300)
+    make_once(path, lambda: write_simulated(path, 300))
     return path
 
 

@@ -37,8 +37,9 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
+from common.distributed import average_gradients, gather
 from common.metrics import effective_rank, feature_spread
-from common.pore_model import PoreModel, RepresentationHead
+from common.pore_model import MaskedBatchNorm1d, PoreModel, RepresentationHead
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
 
 
@@ -103,7 +104,7 @@ class Predictor(nn.Sequential):
     def __init__(self, representation):
         super().__init__(
             nn.Linear(representation, representation),
-            nn.BatchNorm1d(representation),
+            MaskedBatchNorm1d(representation),
             nn.ReLU(),
             nn.Linear(representation, representation),
         )
@@ -156,9 +157,7 @@ def validate(args, models, chunks, device):
     for model in models.values():
         model.eval()
     losses = []
-    for number, batch in enumerate(chunks.tiles(args.batch_size)):
-        if len(batch.signal) < args.batch_size and number > 0:
-            break  # so that every loss is of equally many chunks
+    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -168,6 +167,7 @@ def validate(args, models, chunks, device):
         with autocast(device, args.precision):
             h1, h2 = predictor(head(*pore_model(*view1))), predictor(head(*pore_model(*view2)))
             t1, t2 = target_head(*target_pore_model(*view1)), target_head(*target_pore_model(*view2))
+        h1, h2, t1, t2 = gather(h1, h2, t1, t2)
         loss, _ = byol_loss(h1, h2, t1, t2)
         losses.append(loss.item())
     for model in models.values():
@@ -182,11 +182,9 @@ def main(args):
     share = "pretraining" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", share=share)
     validation = Chunks(stores, args.chunk_len, "validation")
-    steps_per_epoch = len(chunks) // args.batch_size
+    steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
     if args.batch_size < 2:
         raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
-    if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
 
@@ -208,12 +206,7 @@ def main(args):
     }
     # Resume: equal in all methods
     parts = models | {"optimizer": optimizer}
-    first = 0
-    if args.resume:
-        state = run.resume(device, last)
-        first = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
+    first = run.resume(device, last, parts)["step"] if args.resume else 0
     # End of resume
     if args.compile:
         pore_model.compile(), target_pore_model.compile()
@@ -233,6 +226,7 @@ def main(args):
                     target_head(*target_pore_model(*view1)),
                     target_head(*target_pore_model(*view2)),
                 )  # r of the loss
+        r1, h1, h2, t1, t2 = gather(r1, h1, h2, t1, t2)
         loss, terms = byol_loss(h1, h2, t1, t2)
         stop_if_not_finite(step, loss, terms, batch.reads)
 
@@ -240,6 +234,7 @@ def main(args):
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(optimizer)
         optimizer.step()
         update_average(target_pore_model, pore_model, args.momentum)
         update_average(target_head, head, args.momentum)
@@ -251,7 +246,7 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if step % args.checkpoint_every == 0 or step == last or run.stopping:
+        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again

@@ -41,6 +41,7 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
+from common.distributed import average_gradients, gather
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, frames_of
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -114,7 +115,9 @@ class Prediction(nn.Module):
 
 def random_present(lengths, steps):
     """A random frame t, one for all chunks of `lengths` (N,) samples, that has `steps` frames after it in each."""
-    return int(torch.randint(int(frames_of(lengths.min())) - steps, ()))
+    (lengths,) = gather(lengths)
+    (t,) = gather(torch.randint(int(frames_of(lengths.min())) - steps, (1,)))
+    return int(t[0])  # that of rank 0
 
 
 def future_and_context(pore_model, signal, lengths, t, steps):
@@ -156,15 +159,14 @@ def validate(args, models, chunks, device):
     pore_model, prediction = models.values()
     pore_model.eval()
     sums, batches = {}, 0
-    for number, batch in enumerate(chunks.tiles(args.batch_size)):
-        if len(batch.signal) < args.batch_size and number > 0:
-            break  # so that every loss is of equally many chunks
+    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1 = view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
         t = random_present(view1.lengths, args.future_steps)
         with autocast(device, args.precision):
             z, c = future_and_context(pore_model, *view1, t, args.future_steps)
+        z, c = gather(z, c)
         loss, terms = cpc_loss(z, c, prediction.W)
         for name, value in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + value.item()
@@ -193,11 +195,9 @@ def main(args):
     share = "pretraining" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", share=share)
     validation = Chunks(stores, args.chunk_len, "validation")
-    steps_per_epoch = len(chunks) // args.batch_size
+    steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
     if args.batch_size < 2:
         raise InputError("--batch-size 1: the loss needs at least 2 chunks")
-    if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
     drop = args.drop_chance[1]
     shortest = args.chunk_len * (1 - drop) - 5 * math.sqrt(args.chunk_len * drop * (1 - drop))  # in all probability
     frames = frames_of(max(0, int(shortest)))
@@ -218,12 +218,7 @@ def main(args):
     models = {"pore_model": pore_model, "prediction": prediction}
     # Resume: equal in all methods
     parts = models | {"optimizer": optimizer}
-    first = 0
-    if args.resume:
-        state = run.resume(device, last)
-        first = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
+    first = run.resume(device, last, parts)["step"] if args.resume else 0
     # End of resume
     if args.compile:
         pore_model.encoder.compile()  # not the transformer, whose context has another length at each step
@@ -235,6 +230,7 @@ def main(args):
         t = random_present(view1.lengths, args.future_steps)
         with autocast(device, args.precision):
             z, r1 = future_and_context(pore_model, *view1, t, args.future_steps)  # (N, P, C), (N, C)
+        z, r1 = gather(z, r1)
         loss, terms = cpc_loss(z, r1, prediction.W)
         stop_if_not_finite(step, loss, {"accuracy": terms["accuracy"]}, batch.reads)
 
@@ -242,6 +238,7 @@ def main(args):
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(optimizer)
         optimizer.step()
 
         # Logging, validation and checkpoint: equal in all methods
@@ -251,7 +248,7 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if step % args.checkpoint_every == 0 or step == last or run.stopping:
+        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     metrics = validate(args, models, validation, device)

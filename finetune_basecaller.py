@@ -25,6 +25,7 @@ from torch import nn
 
 from common import InputError
 from common.data import ALPHABET, Chunks, ctc_steps_needed, open_data
+from common.distributed import all_lists, average_gradients, gather, rank
 from common.metrics import identity
 from common.pore_model import HOP, PoreModel
 from common.run import (
@@ -151,7 +152,8 @@ def ctc_per_base(log_probs, lengths, targets, target_lengths):
 def ctc_loss(log_probs, lengths, targets, target_lengths):
     """The mean of ctc_per_base over the chunks that count, and {"infeasible": the share of those that cannot}."""
     per_base, counts, infeasible = ctc_per_base(log_probs, lengths, targets, target_lengths)
-    return per_base.sum() / counts.sum().clamp(min=1), {"infeasible": infeasible.float().mean()}
+    per_base, counts, infeasible = gather(per_base, counts.float(), infeasible.float())
+    return per_base.sum() / counts.sum().clamp(min=1), {"infeasible": infeasible.mean()}
 
 
 def jitter(signal, gain, offset, noise):
@@ -191,6 +193,7 @@ def validate(model, chunks, batch_size, device, precision):
                 reference = "".join(ALPHABET[base] for base in targets[row, :bases])
                 identities.append(identity(best_path(log_probs[row])[0], reference))
     model.train()
+    losses, infeasible, identities = map(all_lists, (losses, infeasible, identities))
     return {
         "validation/loss": float(np.mean(losses)) if losses else math.inf,
         "validation/infeasible": float(np.mean(infeasible)),
@@ -252,9 +255,7 @@ def main(args):
         f"training: {chunks.number_of_reads} reads, {len(chunks)} chunks; "
         f"validation: {validation.number_of_reads} reads, {len(validation)} chunks"
     )
-    steps_per_epoch = len(chunks) // args.batch_size
-    if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
+    steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:
@@ -271,9 +272,7 @@ def main(args):
     )
     first, best = 0, math.inf
     if args.resume:
-        state = run.resume(device, last)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = run.resume(device, last, {"model": model, "optimizer": optimizer}, "best")
         first, best = state["step"], state["best"]
     if args.compile:
         model.pore_model.compile()
@@ -292,6 +291,7 @@ def main(args):
         stop_if_not_finite(step, loss, terms, batch.reads)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
 
@@ -303,14 +303,15 @@ def main(args):
             if metrics["validation/loss"] < best:
                 best = metrics["validation/loss"]
                 run.save("basecaller.pt", model.state_dict())
-        if step % args.checkpoint_every == 0 or step == last or run.stopping:
+        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best)
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
         run.log(last, **validate(model, validation, args.batch_size, device, args.precision))
     if best == math.inf:
         run.save("basecaller.pt", model.state_dict())
     run.save("basecaller_last.pt", model.state_dict())
-    run.picture("calls", draw_calls(model, validation, device, args.precision))
+    if rank() == 0:
+        run.picture("calls", draw_calls(model, validation, device, args.precision))
     print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
 
 

@@ -37,6 +37,7 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
+from common.distributed import average_gradients, gather, world_size
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, RepresentationHead
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -173,9 +174,7 @@ def validate(args, models, chunks, device):
     for model in models.values():
         model.eval()
     losses = []
-    for number, batch in enumerate(chunks.tiles(args.batch_size)):
-        if len(batch.signal) < args.batch_size and number > 0:
-            break  # so that every loss is of equally many chunks
+    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
         seed_step(args.seed, number)
         batch = batch.to(device)
         view1, view2 = (
@@ -184,6 +183,7 @@ def validate(args, models, chunks, device):
         )
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), key_head(*key_pore_model(*view2))
+        r1, r2 = gather(r1, r2)
         loss, _ = moco_loss(r1, r2, queue.keys, args.temperature)
         losses.append(loss.item())
     for model in models.values():
@@ -198,12 +198,10 @@ def main(args):
     share = "pretraining" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", share=share)
     validation = Chunks(stores, args.chunk_len, "validation")
-    steps_per_epoch = len(chunks) // args.batch_size
+    steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
     if args.batch_size < 2:
         raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
-    if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size}: more than the {len(chunks)} training chunks there are")
-    if args.batch_size % args.batchnorm_groups or args.batch_size // args.batchnorm_groups < 2:
+    if args.batch_size % (args.batchnorm_groups * world_size()) or args.batch_size // args.batchnorm_groups < 2:
         raise InputError(f"--batchnorm-groups {args.batchnorm_groups}: should cut --batch-size in groups of 2 or more")
     if args.queue < args.batch_size:
         raise InputError(f"--queue {args.queue}: should hold at least one batch, {args.batch_size} keys")
@@ -228,12 +226,7 @@ def main(args):
     }
     # Resume: equal in all methods
     parts = models | {"optimizer": optimizer}
-    first = 0
-    if args.resume:
-        state = run.resume(device, last)
-        first = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
+    first = run.resume(device, last, parts)["step"] if args.resume else 0
     # End of resume
     if args.compile:
         pore_model.compile(), key_pore_model.compile()
@@ -246,11 +239,12 @@ def main(args):
             for _ in range(2)
         )
         with autocast(device, args.precision):
-            order = torch.arange(args.batch_size, device=device)
+            order = torch.arange(len(batch.signal), device=device)
             r1 = encode(pore_model, head, view1, order, args.batchnorm_groups)  # queries (N, R)
             with torch.no_grad():
-                order = torch.randperm(args.batch_size, device=device)
+                order = torch.randperm(len(batch.signal), device=device)
                 r2 = encode(key_pore_model, key_head, view2, order, args.batchnorm_groups)  # keys (N, R)
+        r1, r2 = gather(r1, r2)
         loss, terms = moco_loss(r1, r2, queue.keys, args.temperature)
         stop_if_not_finite(step, loss, terms, batch.reads)
 
@@ -258,6 +252,7 @@ def main(args):
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(optimizer)
         optimizer.step()
         update_average(key_pore_model, pore_model, args.momentum)
         update_average(key_head, head, args.momentum)
@@ -270,7 +265,7 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if step % args.checkpoint_every == 0 or step == last or run.stopping:
+        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again

@@ -3,13 +3,11 @@
 raw file or folder -> raw_reads() -> prepare() -> a read store on disk -> ReadStore -> Chunks -> batches.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import zlib
-import shutil
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,8 @@ import torch
 from tqdm import tqdm
 
 from common import InputError
+from common.distributed import part_of, world_size
+from common.files import make_once, written_whole
 from common.normalise import med_mad, picoamperes
 from common.simulate import simulated_file
 
@@ -308,32 +308,7 @@ class NpyWriter:
     def close(self):
         self.file.seek(0)
         self._header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
-
-
-@contextlib.contextmanager
-def written_whole(folder, advice):
-    """A temporary folder to write in, renamed to `folder` at the end; removed, with a clear error, if that fails."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-        shutil.rmtree(part, ignore_errors=True)  # of a killed process that had this number
-        part.mkdir()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); {advice}") from error
-    try:
-        yield part
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process finished the same work first
-                raise
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); {advice}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def hash_of(read_id):
@@ -449,7 +424,8 @@ def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
     """
     paths = [Path(path) for path in paths]
     files = [(file, file in paths) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
-    with written_whole(out, "free space or choose another place") as folder:
+    with written_whole(out) as folder:
+        folder.mkdir()
         store = StoreWriter(folder)
         total = sum(count_reads(file) for file, _ in files if not is_bonito(file))
         with tqdm(desc=f"preparing {out.name}", unit=" reads", total=total) as bar:
@@ -579,7 +555,8 @@ def open_data(paths):
             except OSError as error:
                 raise InputError(f"{file}: cannot be read ({error.strerror})") from error
         cached = cache_folder() / f"{path.stem}-{key.hexdigest()}"
-        store = ReadStore(cached) if is_store(cached) else prepare([path], cached)
+        make_once(cached, lambda path=path, cached=cached: prepare([path], cached))
+        store = ReadStore(cached)
         print(f"{path}: {'; '.join(store.report())}; prepared in {cached}")
         stores.append(store)
     return stores
@@ -595,7 +572,7 @@ class Batch(NamedTuple):
     lengths: torch.Tensor  # (N,) int64, all L
     targets: torch.Tensor | None = None  # (N, longest) int64, 1-4, zero-padded
     target_lengths: torch.Tensor | None = None  # (N,) int64
-    reads: tuple[str, ...] = ()  # (N,) ids of the reads that the chunks are of
+    reads: tuple[str, ...] = ()  # ids of the reads that the chunks are of, also those of the other processes
 
     def to(self, device):
         return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
@@ -646,20 +623,45 @@ class Chunks:
     def __len__(self):
         return len(self.read_of)
 
+    def steps_per_epoch(self, batch_size):
+        """How many whole batches an epoch has. InputError if none, or if processes cannot have equal parts of them."""
+        if batch_size > len(self):
+            raise InputError(f"--batch-size {batch_size}: more than the {len(self)} training chunks there are")
+        if batch_size % world_size():
+            raise InputError(f"--batch-size {batch_size}: cannot be split equally among {world_size()} processes")
+        return len(self) // batch_size
+
     def batch(self, seed, step, batch_size):
-        """The training batch of this step (a function of its arguments alone); a remainder of the epoch is left out."""
+        """This process's part of the training batch of this step; a remainder of the epoch is left out.
+
+        The batch is a function of the arguments alone, `batch_size` the chunks of all processes.
+        """
         epoch, place = divmod(step, len(self) // batch_size)
         if self._epoch != (seed, epoch):
             self._epoch, self._order = (seed, epoch), np.random.default_rng([seed, 0, epoch]).permutation(len(self))
         chosen = self.read_of[self._order[place * batch_size : (place + 1) * batch_size]]
         last = self.reads["length"][chosen] - self.chunk_len
-        return self._gather(chosen, np.random.default_rng([seed, 1, step]).integers(0, last + 1))
+        starts = np.random.default_rng([seed, 1, step]).integers(0, last + 1)
+        part = part_of(batch_size)
+        return self._cut(chosen[part], starts[part])._replace(reads=self._ids(chosen))
 
-    def tiles(self, batch_size):
-        """Yields all tiles, in order, in batches of at most batch_size."""
-        for first in range(0, len(self), batch_size):
-            rows = slice(first, first + batch_size)
-            yield self._gather(self.read_of[rows], self.tile_of[rows] * self.chunk_len)
+    def tiles(self, batch_size, equal=False):
+        """Yields this process's part of all tiles, in order, in batches of at most batch_size in all processes.
+
+        equal: batches of equally many chunks, so that their losses compare; what is left over, or too few for the
+        processes to have equal parts, is left out.
+        """
+        end = len(self)
+        if equal:
+            batch_size = min(batch_size, len(self) // world_size() * world_size())
+            if batch_size == 0:
+                raise InputError(f"only {len(self)} {self.split} chunks for {world_size()} processes; give more reads")
+            end -= end % batch_size
+        for first in range(0, end, batch_size):
+            rows = np.arange(first, min(first + batch_size, end))
+            rows = rows[part_of(len(rows))]
+            if len(rows):
+                yield self._cut(self.read_of[rows], self.tile_of[rows] * self.chunk_len)
 
     def bases(self, read, start):
         """Bases 1-4 (B,) of the chunk of row `read` that begins at sample `start`, and the chunk's sample of each."""
@@ -668,7 +670,7 @@ class Chunks:
         first, end = np.searchsorted(store.base_starts[rows], [start, start + self.chunk_len])
         return store.bases[rows][first:end], store.base_starts[rows][first:end] - start
 
-    def _gather(self, reads, starts):
+    def _cut(self, reads, starts):
         signal = np.empty((len(reads), self.chunk_len), np.float32)
         targets = []
         for row, (read, start) in enumerate(zip(reads, starts, strict=True)):
@@ -677,11 +679,13 @@ class Chunks:
             if self.labelled:
                 targets.append(torch.from_numpy(self.bases(read, start)[0].astype(np.int64)))
         signal, lengths = torch.from_numpy(signal), torch.full((len(reads),), self.chunk_len)
-        ids = tuple(read_id.decode() for read_id in self.reads["id"][reads])
         if not self.labelled:
-            return Batch(signal, lengths, reads=ids)
+            return Batch(signal, lengths, reads=self._ids(reads))
         padded = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
-        return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]), ids)
+        return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]), self._ids(reads))
+
+    def _ids(self, reads):
+        return tuple(read_id.decode() for read_id in self.reads["id"][reads])
 
 
 def ctc_steps_needed(targets, target_lengths):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
+from common.distributed import sum_over_ranks, world_size
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
@@ -33,18 +34,24 @@ def valid_positions(lengths, width):
 
 
 class MaskedBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm over the valid positions of x (N, C, T) alone. `mask` (N, 1, T) bool, or None if all are valid.
+    """BatchNorm over the valid positions of x (N, C, T) or (N, C), in all processes' parts of the batch.
 
-    x must be zero at the padding; what comes out there is not zero and has to be masked again.
+    `mask` (N, 1, T) bool says which are valid, None all. x must be zero at the padding; what comes out there is not
+    zero and has to be masked again.
     """
 
     def forward(self, x, mask=None):
-        if mask is None or not self.training:
+        if not self.training or (mask is None and world_size() == 1):
             return super().forward(x)
+        if x.ndim == 2:
+            return self(x[:, :, None])[:, :, 0]
         x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))  # bfloat16 sums would be too coarse
-        count = mask.sum()
-        mean = x.sum((0, 2)) / count
-        var = (x.square().sum((0, 2)) / count - mean.square()).clamp(min=0)
+        count = x.new_full((), x[:, 0].numel()) if mask is None else mask.sum()
+        count, *sums = sum_over_ranks(torch.cat([count[None], x.sum((0, 2)), x.square().sum((0, 2))])).split(
+            [1, len(self.weight), len(self.weight)]
+        )
+        mean = sums[0] / count
+        var = (sums[1] / count - mean.square()).clamp(min=0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -227,7 +234,7 @@ class RepresentationHead(nn.Module):
         self.pool = nn.MaxPool1d(4, 4)
         self.project = nn.Sequential(
             nn.Linear(channels // 8 * (self.frames // 4), representation),
-            nn.BatchNorm1d(representation),
+            MaskedBatchNorm1d(representation),
             nn.ReLU(),
             nn.Linear(representation, representation),
         )

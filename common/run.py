@@ -13,6 +13,7 @@ import sys
 import time
 import typing
 import warnings
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +22,11 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
+from common.distributed import highest, join, rank, world_size
+from common.files import written_whole
 
 LOG_EVERY = 10  # steps
+ADVICE = "free space or make the folder writable, and go on with --resume"
 # what a resumed run may be given anew
 MAY_CHANGE = {"resume", "run_dir", "data", "max_steps", "device", "compile", "checkpoint_every", "track"}
 
@@ -33,13 +37,17 @@ def parse_args(args_class):
     From here on InputError, OSError (a full disk) and Ctrl-C end the script with one line and exit code 1 or 130.
     """
     sys.excepthook = _one_line
+    if rank():  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     saved, words = None, sys.argv[1:]
     for i, word in enumerate(words):
         if word.startswith("--resume"):
             run = Path(word.partition("=")[2] or (words[i + 1] if i + 1 < len(words) else ""))
             saved = args_class(**_read_args(run, args_class))
-    args = tyro.cli(args_class, default=saved)
+    args = tyro.cli(args_class, default=saved, console_outputs=rank() == 0)
     check_args(args)
+    if world_size() > 1 and not hasattr(args, "resume"):
+        raise InputError("works as one process; start it without torchrun")
     for name, value in vars(saved).items() if saved else ():
         if value != getattr(args, name) and name not in MAY_CHANGE:
             raise InputError(
@@ -49,6 +57,8 @@ def parse_args(args_class):
 
 
 def _one_line(kind, error, traceback):
+    if rank():
+        time.sleep(5)  # if rank 0 has the same to say, torchrun ends this process in the meantime
     if issubclass(kind, (InputError, OSError)):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
@@ -102,13 +112,13 @@ def check_args(args):
 
 
 def pick_device(name):
-    """The torch.device that `--device` names; auto: cuda, else mps, else cpu."""
+    """The torch.device that `--device` names; auto: cuda, else mps, else cpu. Under torchrun, joins the processes."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device in available if available[device])
     if not available[name]:
         raise InputError(f"--device {name}: not available on this machine; leave it out or give --device cpu")
-    return torch.device(name)
+    return join(torch.device(name))
 
 
 def autocast(device, precision):
@@ -120,47 +130,51 @@ def autocast(device, precision):
 
 
 def seed_step(seed, step):
-    """Seeds all randomness of one step (views, dropout), so that a resumed run draws what the whole run would have."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+    """Seeds all randomness of one step (views, dropout), so that a resumed run draws what the whole run would have.
+
+    Each process draws numbers of its own.
+    """
+    torch.manual_seed(((rank() * 1_000_003 + seed) * 1_000_003 + step) % 2**63)
 
 
 def save_whole(state, path):
-    """torch.save to a temporary file, flushed and renamed: `path` is the old file or the new, never half of one."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
+    """torch.save, written_whole: `path` is the old file or the new, never half of one."""
+    with written_whole(path, ADVICE) as part, open(part, "wb") as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free space") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        except RuntimeError as error:  # in the place of the error of the write
+            raise error.__context__ or error from None
 
 
 def load_tensors(path, device="cpu"):
     """What torch.save wrote to `path`, read without executing anything. InputError if it is no such file."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # torch does not look at the checksums
+                    raise ValueError("damaged")
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
-        raise InputError(f"{path}: not a PyTorch file of tensors, or cut off") from error
+        raise InputError(f"{path}: not a PyTorch file of tensors, or damaged") from error
 
 
 class Run:
-    """The folder of one run: args.json, metrics.jsonl, checkpoint.pt and what the script saves at its end."""
+    """The folder of one run: args.json, metrics.jsonl, checkpoint.pt and what the script saves at its end.
+
+    Of several processes, rank 0 alone writes to it.
+    """
 
     def __init__(self, args, script):
         self.script = Path(script).stem
-        if args.resume:
-            self.folder = args.resume
-        else:
-            name = f"{self.script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
-            self.folder = args.run_dir or Path("runs") / name
+        name = f"{self.script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
+        self.folder = args.resume or args.run_dir or Path("runs") / name
+        self.tracker = self.stopping = self.signal = None
+        if rank():
+            return
+        if not args.resume:
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError as error:
@@ -168,10 +182,14 @@ class Run:
             except OSError as error:
                 raise InputError(f"{self.folder}: cannot be made ({error.strerror}); see --run-dir") from error
             saved = json.dumps(dataclasses.asdict(args), default=str, indent=1)
-            (self.folder / "args.json").write_text(saved + "\n")
+            try:
+                with written_whole(self.folder / "args.json") as part:
+                    part.write_text(saved + "\n")
+            except BaseException:
+                self.folder.rmdir()  # so that it is free for the next try
+                raise
         self._lock()
         print(f"{self.script}: run folder {self.folder}")
-        self.tracker = self.stopping = None
         if args.track:
             try:
                 self.tracker = self._tracker(args)
@@ -182,7 +200,10 @@ class Run:
 
     def _lock(self):
         """InputError if another process has this run; the system unlocks it however this process ends."""
-        self.lock = open(self.folder / "args.json", "a")  # noqa: SIM115
+        try:
+            self.lock = open(self.folder / "args.json", "a")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror}); make it writable") from error
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -218,60 +239,91 @@ class Run:
         sys.excepthook = failed
         return tracker
 
-    def resume(self, device, last):
-        """The last checkpoint's state on `device`, to go on to step `last`; the log is cut back to what it was then."""
+    def resume(self, device, last, parts, *others):
+        """Loads the last checkpoint into `parts` ({name: model or optimizer}), to go on to step `last`.
+
+        Returns the checkpoint, which has "step" and the numbers `others`. The log is cut back to what it was then. If
+        the checkpoint is none of this run: InputError, and all stays as it is.
+        """
         path = self.folder / "checkpoint.pt"
         if not path.exists():
             raise InputError(f"--resume {self.folder}: stopped before its first checkpoint; start a new run")
         state = load_tensors(path, device)
+        kinds = {"script": str, "step": int, "log_bytes": int} | dict.fromkeys(others, float)
+        if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+            raise InputError(f"{path}: holds no checkpoint; start a new run")
         if state["script"] != self.script:
             raise InputError(f"--resume {self.folder}: a run of {state['script']}.py; go on with that")
         if state["step"] > last:
             raise InputError(f"--max-steps {last}: the run in {self.folder} is at step {state['step']} already")
-        with open(self.folder / "metrics.jsonl", "a") as log:
-            log.truncate(state["log_bytes"])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
+        except Exception as error:  # whatever such a file may hold
+            raise InputError(f"{path}: does not fit this run's models and arguments; start a new run") from error
+        if rank() == 0:
+            for part in self.folder.glob("*.part-*"):  # of a killed process
+                part.unlink()
+            log = self.folder / "metrics.jsonl"
+            kept = log.read_bytes()[: state["log_bytes"]] if log.exists() else b""  # less after a loss of power
+            with open(log, "a") as file:
+                file.truncate(kept.rfind(b"\n") + 1)
         print(f"going on after step {state['step']}")
+        before = state.get("world_size", 1)
+        if before != world_size():
+            print(f"the run had {before} processes, now {world_size()}: it draws other views from here on")
         return state
 
     def checkpoint(self, step, **state):
         """Writes checkpoint.pt: all that the script needs to go on after `step`."""
         log = self.folder / "metrics.jsonl"
         log_bytes = log.stat().st_size if log.exists() else 0
-        self.save("checkpoint.pt", state | {"script": self.script, "step": step, "log_bytes": log_bytes})
+        about = {"script": self.script, "step": step, "log_bytes": log_bytes, "world_size": world_size()}
+        self.save("checkpoint.pt", state | about)
 
     def steps(self, first, last, batch_size):
         """Yields the steps first + 1 ... last under a progress bar; batch_size is for the logged chunks a second.
 
-        Ctrl-C and SIGTERM, which schedulers send, set `stopping`: the script finishes the step with a checkpoint, and
-        ends here. A second one ends it at once.
+        Ctrl-C and SIGTERM, which schedulers send, are kept for asked_to_stop(): the script finishes the step with a
+        checkpoint, and ends here. A second one ends it at once, but for a process of several: torchrun sends two.
         """
 
         def stop(number, frame):
-            if self.stopping:
+            if self.signal and world_size() == 1:
                 raise KeyboardInterrupt
-            self.stopping = number
+            self.signal = number
 
         self.batch_size, self.since = batch_size, (first, time.perf_counter())
         steps = range(first + 1, last + 1)
         often = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs fewer lines
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with tqdm(steps, self.script, last, initial=first, unit=" steps", mininterval=often) as self.bar:
+            bar = tqdm(steps, self.script, last, initial=first, unit=" steps", mininterval=often, disable=rank() > 0)
+            with bar as self.bar:
                 for step in self.bar:
                     yield step
                     if self.stopping and step < last:
                         break
+            highest(0)  # no process leaves, which torchrun may take for a failure, before rank 0 has written
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.stopping and step < last:
             if self.tracker:
                 self.tracker.finish(exit_code=128 + self.stopping)
-            print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
+            if rank() == 0:
+                print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
             sys.exit(128 + self.stopping)
+
+    def asked_to_stop(self):
+        """Whether this process or another one has been: each script asks once a step."""
+        self.stopping = highest(self.signal or 0)
+        return bool(self.stopping)
 
     def log(self, step, **metrics):
         """Appends one JSON line; floats as they are, so that two runs can be compared exactly."""
+        if rank():
+            return
         metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
         if "loss" in metrics:  # a training step, not a validation
             before, then = self.since
@@ -279,8 +331,15 @@ class Run:
             self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
         self.since = (step, time.perf_counter())  # so that validation does not count as slow training
         metrics = {"step": step} | metrics
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        path = self.folder / "metrics.jsonl"
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)  # no half line
+            raise InputError(f"{path}: cannot be written ({error.strerror}); {ADVICE}") from error
         if "validation/loss" in metrics:
             # a name with a second slash is one of many
             shown = [name for name in metrics if name.startswith("validation/") and name.count("/") == 1]
@@ -291,12 +350,16 @@ class Run:
 
     def save(self, name, state):
         """Writes `state` to the run folder, whole or not at all."""
-        save_whole(state, self.folder / name)
+        if rank() == 0:
+            save_whole(state, self.folder / name)
 
     def picture(self, name, figure):
         """Writes a matplotlib figure to the run folder as a PNG file, and logs it to the tracker."""
+        if rank():
+            return
         path = self.folder / f"{name}.png"
-        figure.savefig(path, dpi=110)
+        with written_whole(path) as part:
+            figure.savefig(part, format="png", dpi=110)
         if self.tracker:
             import wandb
 
@@ -327,7 +390,7 @@ def warn_if_slow(device, models, chunk_len, chunks, passes):
     signal = torch.randn(2, chunk_len)
     start = time.perf_counter()
     head(pore_model(signal)[0]).square().mean().backward()
-    seconds = (time.perf_counter() - start) / len(signal) * passes * chunks
+    seconds = (time.perf_counter() - start) / len(signal) * passes * chunks / world_size()
     print(
         f"no GPU: {parameters / 1e6:.0f} M parameters will take about {seconds / 3600:.1f} hours an epoch here "
         f"({chunks} chunks); --size tiny is meant for this machine"

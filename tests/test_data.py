@@ -319,7 +319,7 @@ data.open_data([Path({str(simulated)!r})])
 """
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL and len(list(cache.iterdir())) == 1
+    assert done.returncode == -signal.SIGKILL and list(cache.glob("*.part-*"))
     assert not any(data.is_store(folder) for folder in cache.iterdir())
     (store,) = open_data([simulated])
     assert len(store.reads) == 12
@@ -444,6 +444,48 @@ def test_validation_tiles_each_read_once_without_overlap(tmp_path):
     assert found == [(read, 100 * i) for read, length in enumerate(LENGTHS) for i in range(length // 100)]
     with pytest.raises(InputError, match="no training read of at least 100 samples"):
         Chunks([store], 100, "training")
+
+
+def in_each_process(monkeypatch, number, work):
+    """What work() gives in each of `number` processes of torchrun."""
+    results = []
+    for rank in range(number):
+        with monkeypatch.context() as patch:
+            for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": rank, "WORLD_SIZE": number}.items():
+                patch.setenv(name, str(value))
+            results.append(work())
+    return results
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_processes_have_equal_parts_of_each_batch_and_the_names_of_all_its_reads(coded, monkeypatch, number):
+    chunks = Chunks([coded], 100, "training", labelled=True)
+    whole = batches(chunks, range(3), batch_size=12)
+    parts = in_each_process(monkeypatch, number, lambda: batches(chunks, range(3), batch_size=12))
+    for step, batch in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert {len(share.signal) for share in shares} == {12 // number}
+        assert torch.equal(torch.cat([share.signal for share in shares]), batch.signal)
+        assert torch.equal(torch.cat([share.target_lengths for share in shares]), batch.target_lengths)
+        assert {share.reads for share in shares} == {batch.reads}
+    assert in_each_process(monkeypatch, number, lambda: chunks.steps_per_epoch(12)) == [1] * number
+    with pytest.raises(InputError, match=rf"--batch-size 13: cannot be split equally among {number} processes"):
+        in_each_process(monkeypatch, number, lambda: chunks.steps_per_epoch(13))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_processes_validate_each_tile_once_or_equally_many(coded, monkeypatch, number):
+    chunks = Chunks([coded], 100, "training")  # 20 tiles
+    tiles = [locate(row) for batch in chunks.tiles(20) for row in batch.signal]
+    for equal, size in ((False, 12), (True, 12), (False, 24), (True, 24)):
+        parts = in_each_process(monkeypatch, number, lambda size=size, equal=equal: list(chunks.tiles(size, equal)))
+        found = [locate(row) for part in parts for batch in part for row in batch.signal]
+        expected = tiles if not equal else tiles[:12] if size == 12 else tiles[: 20 // number * number]
+        assert sorted(found) == sorted(expected)
+        if equal:
+            assert len({tuple(len(batch.signal) for batch in part) for part in parts}) == 1
+    with pytest.raises(InputError, match="only 20 training chunks for 21 processes; give more reads"):
+        in_each_process(monkeypatch, 21, lambda: next(chunks.tiles(42, equal=True)))
 
 
 def test_several_stores_are_one_set_of_reads(tmp_path):

@@ -49,6 +49,17 @@ def test_a_step_draws_the_same_numbers_whatever_came_before():
     assert torch.equal(first, torch.randn(5)) and not torch.equal(first, other)
 
 
+def test_each_process_draws_numbers_of_its_own(monkeypatch):
+    draws = []
+    for rank in range(3):
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": rank, "WORLD_SIZE": 3}.items():
+            monkeypatch.setenv(name, str(value))
+        for step in (7, 8):
+            seed_step(3, step)
+            draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 6
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(InputError, match="--device cuda"):

@@ -1,0 +1,107 @@
+"""Many devices: torchrun starts a process for each, and each works on its part of every batch with the same weights.
+
+Losses and BatchNorm see the whole batch: what they need is summed or gathered over all processes (`sum_over_ranks`,
+`gather`), and gradients go back the same way. All then have the same loss, and the mean of their gradients is the
+gradient of that loss: docs/many_gpus.md. With one process, everything here gives back what it was given.
+"""
+
+import atexit
+import itertools
+import os
+
+import torch
+import torch.distributed as dist
+
+from common import InputError
+
+
+def rank():
+    """This process's number among those of torchrun, from 0."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+def join(device):
+    """Joins the processes that torchrun started, if it did; returns this one's device of the kind of `device`."""
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "mps":
+        raise InputError("--device mps: torchrun needs a device for each process; give --device cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: at most {torch.cuda.device_count()}, the GPUs of this machine")
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    return device
+
+
+def part_of(length):
+    """The part of `length` rows, a slice, that is this process's; where they are too few, the last have none."""
+    start, end = (-(-length * number // world_size()) for number in (rank(), rank() + 1))
+    return slice(start, end)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes, in each; its gradient is the sum over processes of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Sum.apply(gradient)
+
+
+def sum_over_ranks(x):
+    """The sum of x over all processes, which gradients can pass."""
+    return x if world_size() == 1 else _Sum.apply(x)
+
+
+def gather(*parts):
+    """Each of these (N / processes, ...) as the whole batch (N, ...) has it, which gradients can pass."""
+    if world_size() == 1:
+        return parts
+    wholes = []
+    for x in parts:
+        whole = x.new_zeros(len(x) * world_size(), *x.shape[1:])
+        whole[part_of(len(whole))] = x
+        wholes.append(sum_over_ranks(whole))
+    return wholes
+
+
+def average_gradients(optimizer):
+    """Gives each parameter of `optimizer` the mean of its gradients over all processes."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    together /= world_size()
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def highest(number):
+    """The highest of all processes' whole numbers, in each."""
+    if world_size() > 1:
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def all_lists(values):
+    """The processes' lists of plain values, put together, in each."""
+    if world_size() == 1:
+        return values
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, values)
+    return list(itertools.chain(*lists))

@@ -20,11 +20,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts a command with a cache folder of its own, its output piped."""
-    cache = tmp_path_factory.mktemp("cache")
+    """Starts a command with folders of its own for the cache and for torchrun's files, its output piped."""
+    own = str(tmp_path_factory.mktemp("own"))
 
     def start(*words, **options):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+        own_folders = {"XDG_CACHE_HOME": own, "TMPDIR": own}
+        environment = os.environ | own_folders | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([str(word) for word in words], env=environment, **pipes, **options)
 

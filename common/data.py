@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common import InputError
-from common.distributed import part_of, world_size
+from common.distributed import all_lists, part_of, world_size
 from common.files import make_once, written_whole
 from common.normalise import med_mad, picoamperes
 from common.simulate import simulated_file
@@ -559,6 +559,8 @@ def open_data(paths):
         store = ReadStore(cached)
         print(f"{path}: {'; '.join(store.report())}; prepared in {cached}")
         stores.append(store)
+    if len(set(all_lists([zlib.crc32(store.reads.tobytes()) for store in stores]))) > len(stores):
+        raise InputError("--data: other reads on each host; give all the same")
     return stores
 
 
@@ -618,6 +620,8 @@ class Chunks:
                 f"{names}: no {kind}{split} read of at least {chunk_len} samples ({self.too_short} shorter); "
                 "give more reads or a smaller --chunk-len"
             )
+        if not labelled and len(self.read_of) < world_size():  # fine-tuning validates what each process has
+            raise InputError(f"{names}: only {len(self)} {split} chunks for {world_size()} processes; give more reads")
         self._epoch, self._order = -1, None
 
     def __len__(self):
@@ -654,8 +658,6 @@ class Chunks:
         end = len(self)
         if equal:
             batch_size = min(batch_size, len(self) // world_size() * world_size())
-            if batch_size == 0:
-                raise InputError(f"only {len(self)} {self.split} chunks for {world_size()} processes; give more reads")
             end -= end % batch_size
         for first in range(0, end, batch_size):
             rows = np.arange(first, min(first + batch_size, end))

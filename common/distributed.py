@@ -8,6 +8,7 @@ gradient of that loss: docs/many_gpus.md. With one process, everything here give
 import atexit
 import itertools
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -32,11 +33,13 @@ def join(device):
     if device.type == "mps":
         raise InputError("--device mps: torchrun needs a device for each process; give --device cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise InputError(f"--nproc-per-node: at most {torch.cuda.device_count()}, the GPUs of this machine")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    report = sys.excepthook  # torch wraps it, to put the rank before each line
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    sys.excepthook = report
     atexit.register(dist.destroy_process_group)
     return device
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 
@@ -43,18 +44,25 @@ def _remove(path):
 
 def make_once(path, make):
     """Calls make(), which makes `path`, unless that is there; of several processes one calls it and the others wait."""
-    if path.exists():
-        return
     lock = path.with_name(f"{path.name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
-    with file:
-        with contextlib.suppress(OSError):  # a file system without locks: both make it, and the later stays
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        if not path.exists():
+    while not path.exists():
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "w")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); free space or choose another place"
+            ) from error
+        with file:
+            parts = path.parent.glob(f"{glob.escape(path.name)}.part-*")  # of killed processes
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: all make it, and the first stays
+                parts = ()
+            if path.exists() or not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                continue  # made, or given up, by the process that had the lock
+            for part in parts:
+                _remove(part)
             try:
                 make()
             finally:

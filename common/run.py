@@ -1,5 +1,6 @@
 """What every script does around its method: arguments, device, the run folder with its log, checkpoints and resume."""
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -18,11 +19,12 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
 from common import InputError
-from common.distributed import highest, join, rank, world_size
+from common.distributed import all_lists, highest, join, rank, world_size
 from common.files import written_whole
 
 LOG_EVERY = 10  # steps
@@ -57,8 +59,12 @@ def parse_args(args_class):
 
 
 def _one_line(kind, error, traceback):
+    atexit.unregister(dist.destroy_process_group)  # with NCCL it would wait for processes that wait for this one
     if rank():
-        time.sleep(5)  # if rank 0 has the same to say, torchrun ends this process in the meantime
+        if issubclass(kind, KeyboardInterrupt):
+            return
+        # if rank 0, or another process of this host, has the same to say, torchrun ends this process in the meantime
+        time.sleep(10 if int(os.environ["LOCAL_RANK"]) else 5)
     if issubclass(kind, (InputError, OSError)):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
@@ -254,6 +260,8 @@ class Run:
             raise InputError(f"{path}: holds no checkpoint; start a new run")
         if state["script"] != self.script:
             raise InputError(f"--resume {self.folder}: a run of {state['script']}.py; go on with that")
+        if len(set(all_lists([state["step"]]))) > 1:
+            raise InputError(f"{path}: another one on each host; put the run folder where all hosts share it")
         if state["step"] > last:
             raise InputError(f"--max-steps {last}: the run in {self.folder} is at step {state['step']} already")
         try:
@@ -304,16 +312,16 @@ class Run:
                     yield step
                     if self.stopping and step < last:
                         break
-            highest(0)  # no process leaves, which torchrun may take for a failure, before rank 0 has written
+            if self.stopping and step < last:
+                if self.tracker:
+                    self.tracker.finish(exit_code=128 + self.stopping)
+                if rank() == 0:
+                    print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
+                highest(0)  # torchrun takes a process that leaves for a failure, and ends those that have not yet
+                sys.exit(128 + self.stopping)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.stopping and step < last:
-            if self.tracker:
-                self.tracker.finish(exit_code=128 + self.stopping)
-            if rank() == 0:
-                print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
-            sys.exit(128 + self.stopping)
 
     def asked_to_stop(self):
         """Whether this process or another one has been: each script asks once a step."""

@@ -485,7 +485,7 @@ def test_processes_validate_each_tile_once_or_equally_many(coded, monkeypatch, n
         if equal:
             assert len({tuple(len(batch.signal) for batch in part) for part in parts}) == 1
     with pytest.raises(InputError, match="only 20 training chunks for 21 processes; give more reads"):
-        in_each_process(monkeypatch, 21, lambda: next(chunks.tiles(42, equal=True)))
+        in_each_process(monkeypatch, 21, lambda: Chunks([coded], 100, "training"))
 
 
 def test_several_stores_are_one_set_of_reads(tmp_path):

@@ -30,7 +30,7 @@ import torch
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
-from common.distributed import average_gradients, gather
+from common.distributed import all_gather, average_gradients
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, RepresentationHead
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -130,7 +130,7 @@ def validate(args, models, chunks, device):
         )
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))
-        r1, r2 = gather(r1, r2)
+        r1, r2 = all_gather(r1, r2)
         loss, _ = barlow_loss(r1, r2, args.lambd)
         losses.append(loss.item())
     for model in models.values():
@@ -174,7 +174,7 @@ def main(args):
         )
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
-        r1, r2 = gather(r1, r2)
+        r1, r2 = all_gather(r1, r2)
         loss, terms = barlow_loss(r1, r2, args.lambd)
         stop_if_not_finite(step, loss, terms, batch.reads)
 
@@ -192,7 +192,8 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
+        stop = run.asked_to_stop()  # a question to all processes, at each step
+        if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again

@@ -41,7 +41,7 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
-from common.distributed import average_gradients, gather
+from common.distributed import all_gather, average_gradients, world_size
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, frames_of
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -115,8 +115,8 @@ class Prediction(nn.Module):
 
 def random_present(lengths, steps):
     """A random frame t, one for all chunks of `lengths` (N,) samples, that has `steps` frames after it in each."""
-    (lengths,) = gather(lengths)
-    (t,) = gather(torch.randint(int(frames_of(lengths.min())) - steps, (1,)))
+    (lengths,) = all_gather(lengths)
+    (t,) = all_gather(torch.randint(int(frames_of(lengths.min())) - steps, (1,)))
     return int(t[0])  # that of rank 0
 
 
@@ -166,7 +166,7 @@ def validate(args, models, chunks, device):
         t = random_present(view1.lengths, args.future_steps)
         with autocast(device, args.precision):
             z, c = future_and_context(pore_model, *view1, t, args.future_steps)
-        z, c = gather(z, c)
+        z, c = all_gather(z, c)
         loss, terms = cpc_loss(z, c, prediction.W)
         for name, value in {"loss": loss, **terms}.items():
             sums[name] = sums.get(name, 0) + value.item()
@@ -230,7 +230,7 @@ def main(args):
         t = random_present(view1.lengths, args.future_steps)
         with autocast(device, args.precision):
             z, r1 = future_and_context(pore_model, *view1, t, args.future_steps)  # (N, P, C), (N, C)
-        z, r1 = gather(z, r1)
+        z, r1 = all_gather(z, r1)
         loss, terms = cpc_loss(z, r1, prediction.W)
         stop_if_not_finite(step, loss, {"accuracy": terms["accuracy"]}, batch.reads)
 
@@ -248,13 +248,14 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
+        stop = run.asked_to_stop()  # a question to all processes, at each step
+        if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     metrics = validate(args, models, validation, device)
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
         run.log(last, **metrics)
-    chance = 1 / min(args.batch_size, len(validation))
+    chance = 1 / min(args.batch_size, len(validation) // world_size() * world_size())
     run.save("pore_model.pt", pore_model.state_dict())
     run.picture("accuracy", draw_accuracy(metrics, args.future_steps, chance))
     print(f"pretrained weights: {run.folder / 'pore_model.pt'}")

@@ -37,7 +37,7 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
-from common.distributed import average_gradients, gather
+from common.distributed import all_gather, average_gradients
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, RepresentationHead
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -173,7 +173,7 @@ def validate(args, models, chunks, device):
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))
             t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))
-        r1, r2, t1, t2 = gather(r1, r2, t1, t2)
+        r1, r2, t1, t2 = all_gather(r1, r2, t1, t2)
         loss, _ = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)
         losses.append(loss.item())
     for model in models.values():
@@ -228,7 +228,7 @@ def main(args):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # s1, s2 (N, R)
             with torch.no_grad():
                 t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))  # (N, R)
-        r1, r2, t1, t2 = gather(r1, r2, t1, t2)
+        r1, r2, t1, t2 = all_gather(r1, r2, t1, t2)
         loss, terms = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)
         stop_if_not_finite(step, loss, terms, batch.reads)
 
@@ -249,7 +249,8 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
+        stop = run.asked_to_stop()  # a question to all processes, at each step
+        if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again

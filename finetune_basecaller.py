@@ -25,7 +25,7 @@ from torch import nn
 
 from common import InputError
 from common.data import ALPHABET, Chunks, ctc_steps_needed, open_data
-from common.distributed import all_lists, average_gradients, gather, rank
+from common.distributed import all_gather, all_gather_lists, average_gradients, rank
 from common.metrics import identity
 from common.pore_model import HOP, PoreModel
 from common.run import (
@@ -152,7 +152,7 @@ def ctc_per_base(log_probs, lengths, targets, target_lengths):
 def ctc_loss(log_probs, lengths, targets, target_lengths):
     """The mean of ctc_per_base over the chunks that count, and {"infeasible": the share of those that cannot}."""
     per_base, counts, infeasible = ctc_per_base(log_probs, lengths, targets, target_lengths)
-    per_base, counts, infeasible = gather(per_base, counts.float(), infeasible.float())
+    per_base, counts, infeasible = all_gather(per_base, counts.float(), infeasible.float())
     return per_base.sum() / counts.sum().clamp(min=1), {"infeasible": infeasible.mean()}
 
 
@@ -193,7 +193,7 @@ def validate(model, chunks, batch_size, device, precision):
                 reference = "".join(ALPHABET[base] for base in targets[row, :bases])
                 identities.append(identity(best_path(log_probs[row])[0], reference))
     model.train()
-    losses, infeasible, identities = map(all_lists, (losses, infeasible, identities))
+    losses, infeasible, identities = map(all_gather_lists, (losses, infeasible, identities))
     return {
         "validation/loss": float(np.mean(losses)) if losses else math.inf,
         "validation/infeasible": float(np.mean(infeasible)),
@@ -303,7 +303,8 @@ def main(args):
             if metrics["validation/loss"] < best:
                 best = metrics["validation/loss"]
                 run.save("basecaller.pt", model.state_dict())
-        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
+        stop = run.asked_to_stop()  # a question to all processes, at each step
+        if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best)
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
         run.log(last, **validate(model, validation, args.batch_size, device, args.precision))

@@ -37,7 +37,7 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
-from common.distributed import average_gradients, gather, world_size
+from common.distributed import all_gather, average_gradients, world_size
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, RepresentationHead
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -183,7 +183,7 @@ def validate(args, models, chunks, device):
         )
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), key_head(*key_pore_model(*view2))
-        r1, r2 = gather(r1, r2)
+        r1, r2 = all_gather(r1, r2)
         loss, _ = moco_loss(r1, r2, queue.keys, args.temperature)
         losses.append(loss.item())
     for model in models.values():
@@ -202,7 +202,10 @@ def main(args):
     if args.batch_size < 2:
         raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
     if args.batch_size % (args.batchnorm_groups * world_size()) or args.batch_size // args.batchnorm_groups < 2:
-        raise InputError(f"--batchnorm-groups {args.batchnorm_groups}: should cut --batch-size in groups of 2 or more")
+        raise InputError(
+            f"--batchnorm-groups {args.batchnorm_groups}: should cut --batch-size, and each process's part of it, "
+            "in equal groups, of 2 chunks or more in all"
+        )
     if args.queue < args.batch_size:
         raise InputError(f"--queue {args.queue}: should hold at least one batch, {args.batch_size} keys")
     total = args.epochs * steps_per_epoch
@@ -244,7 +247,7 @@ def main(args):
             with torch.no_grad():
                 order = torch.randperm(len(batch.signal), device=device)
                 r2 = encode(key_pore_model, key_head, view2, order, args.batchnorm_groups)  # keys (N, R)
-        r1, r2 = gather(r1, r2)
+        r1, r2 = all_gather(r1, r2)
         loss, terms = moco_loss(r1, r2, queue.keys, args.temperature)
         stop_if_not_finite(step, loss, terms, batch.reads)
 
@@ -265,7 +268,8 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
+        stop = run.asked_to_stop()  # a question to all processes, at each step
+        if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again

@@ -30,7 +30,7 @@ from torch import nn
 from common import InputError
 from common.augment import EXTRA, view
 from common.data import Chunks, open_data
-from common.distributed import average_gradients, gather
+from common.distributed import all_gather, average_gradients
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import MaskedBatchNorm1d, PoreModel, RepresentationHead
 from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
@@ -144,7 +144,7 @@ def validate(args, models, chunks, device):
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))
             h1, h2 = predictor(r1), predictor(r2)
-        r1, r2, h1, h2 = gather(r1, r2, h1, h2)
+        r1, r2, h1, h2 = all_gather(r1, r2, h1, h2)
         loss, _ = simsiam_loss(r1, r2, h1, h2)
         losses.append(loss.item())
     for model in models.values():
@@ -194,7 +194,7 @@ def main(args):
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # x1, x2 (N, R)
             h1, h2 = predictor(r1), predictor(r2)  # (N, R)
-        r1, r2, h1, h2 = gather(r1, r2, h1, h2)
+        r1, r2, h1, h2 = all_gather(r1, r2, h1, h2)
         loss, terms = simsiam_loss(r1, r2, h1, h2)
         stop_if_not_finite(step, loss, terms, batch.reads)
 
@@ -212,7 +212,8 @@ def main(args):
             run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
         if step % steps_per_epoch == 0:
             run.log(step, **validate(args, models, validation, device))
-        if run.asked_to_stop() or step % args.checkpoint_every == 0 or step == last:
+        stop = run.asked_to_stop()  # a question to all processes, at each step
+        if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
         # End of logging, validation and checkpoint
     if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again

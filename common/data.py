@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common import InputError
-from common.distributed import all_lists, part_of, world_size
+from common.distributed import all_gather_lists, part_of, world_size
 from common.files import make_once, written_whole
 from common.normalise import med_mad, picoamperes
 from common.simulate import simulated_file
@@ -559,7 +559,7 @@ def open_data(paths):
         store = ReadStore(cached)
         print(f"{path}: {'; '.join(store.report())}; prepared in {cached}")
         stores.append(store)
-    if len(set(all_lists([zlib.crc32(store.reads.tobytes()) for store in stores]))) > len(stores):
+    if len(set(all_gather_lists([tuple(zlib.crc32(store.reads.tobytes()) for store in stores)]))) > 1:
         raise InputError("--data: other reads on each host; give all the same")
     return stores
 

@@ -1,7 +1,7 @@
 """Many devices: torchrun starts a process for each, and each works on its part of every batch with the same weights.
 
 Losses and BatchNorm see the whole batch: what they need is summed or gathered over all processes (`sum_over_ranks`,
-`gather`), and gradients go back the same way. All then have the same loss, and the mean of their gradients is the
+`all_gather`), and gradients go back the same way. All then have the same loss, and the mean of their gradients is the
 gradient of that loss: docs/many_gpus.md. With one process, everything here gives back what it was given.
 """
 
@@ -69,7 +69,7 @@ def sum_over_ranks(x):
     return x if world_size() == 1 else _Sum.apply(x)
 
 
-def gather(*parts):
+def all_gather(*parts):
     """Each of these (N / processes, ...) as the whole batch (N, ...) has it, which gradients can pass."""
     if world_size() == 1:
         return parts
@@ -93,7 +93,7 @@ def average_gradients(optimizer):
         gradient.copy_(mean.view_as(gradient))
 
 
-def highest(number):
+def all_reduce_max(number):
     """The highest of all processes' whole numbers, in each."""
     if world_size() > 1:
         number = torch.tensor(number)
@@ -101,7 +101,7 @@ def highest(number):
     return int(number)
 
 
-def all_lists(values):
+def all_gather_lists(values):
     """The processes' lists of plain values, put together, in each."""
     if world_size() == 1:
         return values

@@ -47,11 +47,13 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             return self(x[:, :, None])[:, :, 0]
         x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))  # bfloat16 sums would be too coarse
         count = x.new_full((), x[:, 0].numel()) if mask is None else mask.sum()
-        count, *sums = sum_over_ranks(torch.cat([count[None], x.sum((0, 2)), x.square().sum((0, 2))])).split(
-            [1, len(self.weight), len(self.weight)]
-        )
-        mean = sums[0] / count
-        var = (sums[1] / count - mean.square()).clamp(min=0)
+        sums = sum_over_ranks(torch.cat([count[None], x.sum((0, 2)), x.square().sum((0, 2))]))
+        count, total, squares = sums.split([1, len(self.weight), len(self.weight)])
+        mean = total / count
+        if mask is None:  # a head's, whose features can be nearly equal: the difference below would cancel
+            var = sum_over_ranks((x - mean[:, None]).square().sum((0, 2))) / count
+        else:
+            var = (squares / count - mean.square()).clamp(min=0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
-from common.distributed import all_lists, highest, join, rank, world_size
+from common.distributed import all_gather_lists, all_reduce_max, join, rank, world_size
 from common.files import written_whole
 
 LOG_EVERY = 10  # steps
@@ -260,7 +260,7 @@ class Run:
             raise InputError(f"{path}: holds no checkpoint; start a new run")
         if state["script"] != self.script:
             raise InputError(f"--resume {self.folder}: a run of {state['script']}.py; go on with that")
-        if len(set(all_lists([state["step"]]))) > 1:
+        if len(set(all_gather_lists([state["step"]]))) > 1:
             raise InputError(f"{path}: another one on each host; put the run folder where all hosts share it")
         if state["step"] > last:
             raise InputError(f"--max-steps {last}: the run in {self.folder} is at step {state['step']} already")
@@ -293,7 +293,8 @@ class Run:
         """Yields the steps first + 1 ... last under a progress bar; batch_size is for the logged chunks a second.
 
         Ctrl-C and SIGTERM, which schedulers send, are kept for asked_to_stop(): the script finishes the step with a
-        checkpoint, and ends here. A second one ends it at once, but for a process of several: torchrun sends two.
+        checkpoint, and ends here. A second one ends it at once, but for a process of several: the scheduler and
+        torchrun may each send one.
         """
 
         def stop(number, frame):
@@ -317,7 +318,9 @@ class Run:
                     self.tracker.finish(exit_code=128 + self.stopping)
                 if rank() == 0:
                     print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
-                highest(0)  # torchrun takes a process that leaves for a failure, and ends those that have not yet
+                all_reduce_max(
+                    0
+                )  # torchrun takes a process that leaves for a failure, and ends those that have not yet
                 sys.exit(128 + self.stopping)
         finally:
             for number, handler in before.items():
@@ -325,7 +328,7 @@ class Run:
 
     def asked_to_stop(self):
         """Whether this process or another one has been: each script asks once a step."""
-        self.stopping = highest(self.signal or 0)
+        self.stopping = all_reduce_max(self.signal or 0)
         return bool(self.stopping)
 
     def log(self, step, **metrics):

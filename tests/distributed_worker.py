@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common.augment import view
-from common.distributed import gather, part_of, rank, world_size
+from common.distributed import all_gather, part_of, rank, world_size
 from common.pore_model import FeatureEncoder, PoreModel
 from common.run import Run, pick_device
 from tests.test_methods import METHODS, settings
@@ -43,7 +43,7 @@ class WholeViews:
 
     def __call__(self, signal, lengths, *options):
         self.calls += 1
-        whole, whole_lengths = gather(signal, lengths)
+        whole, whole_lengths = all_gather(signal, lengths)
         with torch.random.fork_rng():
             torch.manual_seed(self.calls)
             views = view(whole, whole_lengths, *options)

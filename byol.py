@@ -104,7 +104,7 @@ class Predictor(nn.Sequential):
     def __init__(self, representation):
         super().__init__(
             nn.Linear(representation, representation),
-            MaskedBatchNorm1d(representation),
+            MaskedBatchNorm1d(representation),  # nothing is masked, but it sees the batch of all processes
             nn.ReLU(),
             nn.Linear(representation, representation),
         )
@@ -226,7 +226,7 @@ def main(args):
                     target_head(*target_pore_model(*view1)),
                     target_head(*target_pore_model(*view2)),
                 )  # r of the loss
-        r1, h1, h2, t1, t2 = all_gather(r1, h1, h2, t1, t2)
+        r1, h1, h2, t1, t2 = all_gather(r1, h1, h2, t1, t2)  # those of all processes
         loss, terms = byol_loss(h1, h2, t1, t2)
         stop_if_not_finite(step, loss, terms, batch.reads)
 

@@ -230,7 +230,7 @@ def main(args):
         t = random_present(view1.lengths, args.future_steps)
         with autocast(device, args.precision):
             z, r1 = future_and_context(pore_model, *view1, t, args.future_steps)  # (N, P, C), (N, C)
-        z, r1 = all_gather(z, r1)
+        z, r1 = all_gather(z, r1)  # those of all processes
         loss, terms = cpc_loss(z, r1, prediction.W)
         stop_if_not_finite(step, loss, {"accuracy": terms["accuracy"]}, batch.reads)
 

@@ -228,7 +228,7 @@ def main(args):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # s1, s2 (N, R)
             with torch.no_grad():
                 t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))  # (N, R)
-        r1, r2, t1, t2 = all_gather(r1, r2, t1, t2)
+        r1, r2, t1, t2 = all_gather(r1, r2, t1, t2)  # those of all processes
         loss, terms = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)
         stop_if_not_finite(step, loss, terms, batch.reads)
 

@@ -247,7 +247,7 @@ def main(args):
             with torch.no_grad():
                 order = torch.randperm(len(batch.signal), device=device)
                 r2 = encode(key_pore_model, key_head, view2, order, args.batchnorm_groups)  # keys (N, R)
-        r1, r2 = all_gather(r1, r2)
+        r1, r2 = all_gather(r1, r2)  # those of all processes
         loss, terms = moco_loss(r1, r2, queue.keys, args.temperature)
         stop_if_not_finite(step, loss, terms, batch.reads)
 

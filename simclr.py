@@ -181,7 +181,7 @@ def main(args):
         )
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # (N, R)
-        r1, r2 = all_gather(r1, r2)
+        r1, r2 = all_gather(r1, r2)  # those of all processes
         loss, terms = simclr_loss(r1, r2, args.temperature)
         stop_if_not_finite(step, loss, terms, batch.reads)
 

@@ -95,7 +95,7 @@ class Predictor(nn.Sequential):
     def __init__(self, representation):
         super().__init__(
             nn.Linear(representation, representation),
-            MaskedBatchNorm1d(representation),
+            MaskedBatchNorm1d(representation),  # nothing is masked, but it sees the batch of all processes
             nn.ReLU(),
             nn.Linear(representation, representation),
         )
@@ -194,7 +194,7 @@ def main(args):
         with autocast(device, args.precision):
             r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # x1, x2 (N, R)
             h1, h2 = predictor(r1), predictor(r2)  # (N, R)
-        r1, r2, h1, h2 = all_gather(r1, r2, h1, h2)
+        r1, r2, h1, h2 = all_gather(r1, r2, h1, h2)  # those of all processes
         loss, terms = simsiam_loss(r1, r2, h1, h2)
         stop_if_not_finite(step, loss, terms, batch.reads)
 

@@ -620,7 +620,7 @@ class Chunks:
                 f"{names}: no {kind}{split} read of at least {chunk_len} samples ({self.too_short} shorter); "
                 "give more reads or a smaller --chunk-len"
             )
-        if not labelled and len(self.read_of) < world_size():  # fine-tuning validates what each process has
+        if not labelled and len(self.read_of) < world_size():  # parts that are compared have to be equal
             raise InputError(f"{names}: only {len(self)} {split} chunks for {world_size()} processes; give more reads")
         self._epoch, self._order = -1, None
 

@@ -51,7 +51,10 @@ def part_of(length):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes, in each; its gradient is the sum over processes of theirs."""
+    """The sum over processes, in each; its gradient is the sum over processes of theirs.
+
+    torch.distributed.nn has the same, but says that it is deprecated for what is not public yet.
+    """
 
     @staticmethod
     def forward(ctx, x):

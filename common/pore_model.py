@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from common.distributed import sum_over_ranks, world_size
+from common.distributed import all_gather, part_of, sum_over_ranks, world_size
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
@@ -41,19 +41,17 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, x, mask=None):
+        if self.training and x.ndim == 2:  # a head's: small enough for each process to have the whole batch
+            (whole,) = all_gather(x)
+            return super().forward(whole)[part_of(len(whole))]
         if not self.training or (mask is None and world_size() == 1):
             return super().forward(x)
-        if x.ndim == 2:
-            return self(x[:, :, None])[:, :, 0]
         x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))  # bfloat16 sums would be too coarse
         count = x.new_full((), x[:, 0].numel()) if mask is None else mask.sum()
         sums = sum_over_ranks(torch.cat([count[None], x.sum((0, 2)), x.square().sum((0, 2))]))
         count, total, squares = sums.split([1, len(self.weight), len(self.weight)])
         mean = total / count
-        if mask is None:  # a head's, whose features can be nearly equal: the difference below would cancel
-            var = sum_over_ranks((x - mean[:, None]).square().sum((0, 2))) / count
-        else:
-            var = (squares / count - mean.square()).clamp(min=0)
+        var = (squares / count - mean.square()).clamp(min=0)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -66,14 +66,14 @@ def test_half_batches_give_the_loss_and_the_gradients_of_the_whole(name, compare
         torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance)
     for whole, parts in zip(one["gradients"][:steps], two["gradients"][:steps], strict=True):
         largest = max(gradient.norm() for gradient in whole)
-        compared = 0
+        seen = 0
         for expected, gradient in zip(whole, parts, strict=True):
             if expected.norm() > 1e-6 * largest:
                 assert (gradient - expected).norm() <= tolerance * expected.norm()
-                compared += 1
+                seen += 1
             else:  # of a bias before BatchNorm, which has no say
                 assert gradient.norm() <= 1e-6 * largest
-        assert compared >= len(whole) - 3
+        assert seen >= len(whole) - 3
 
 
 def tensors_of(state):

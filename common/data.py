@@ -269,19 +269,29 @@ def normalised(raw):
         return "empty"
     if not (np.isfinite(raw.offset) and np.isfinite(raw.scale) and raw.scale > 0 and abs(raw.offset) < 2**32):
         return "no calibration"
-    low, high = raw.dacs.min(), raw.dacs.max()
-    current = picoamperes(raw.dacs, raw.offset, raw.scale)
-    shift, scale = med_mad(current)
+    values, place, counts = _distinct(raw.dacs)
+    current = picoamperes(values, raw.offset, raw.scale)  # all that is asked of a sample depends on its value alone
+    shift, scale = med_mad(current, counts)
     if not (np.isfinite(shift) and np.isfinite(scale)):
         return "not finite"
-    if low == high:
+    if len(values) == 1:
         return "constant"
-    if max((raw.dacs == low).mean(), (raw.dacs == high).mean()) > SATURATED:
+    if max(counts[0], counts[-1]) / len(raw.dacs) > SATURATED:
         return "saturated"
     if scale == 0:
         return "constant"
     signal = ((current - shift) / scale).astype(np.float16)
-    return (signal, shift, scale) if np.isfinite(signal).all() else "not finite"
+    return (signal[place], shift, scale) if np.isfinite(signal).all() else "not finite"
+
+
+def _distinct(dacs):
+    """Values from the lowest to the highest of `dacs` (L,), each sample's place among them, how often each comes."""
+    low, high = dacs.min(), dacs.max()
+    if int(high) - int(low) >= 2**16:  # more than a sequencer's integers hold
+        return np.unique(dacs, return_inverse=True, return_counts=True)
+    place = np.subtract(dacs, low, dtype=np.uint16, casting="unsafe")  # modulo 2**16, and so never too large
+    counts = np.bincount(place)
+    return low + np.arange(len(counts)).astype(dacs.dtype), place, counts
 
 
 # ------------------------------------------------------------------------------------------------------- read store
@@ -302,7 +312,7 @@ class NpyWriter:
 
     def append(self, array):
         array = np.ascontiguousarray(array, self.dtype).reshape(-1, *self.row)
-        self.file.write(array.tobytes())
+        self.file.write(array)
         self.rows += len(array)
 
     def close(self):
@@ -669,22 +679,25 @@ class Chunks:
         """Bases 1-4 (B,) of the chunk of row `read` that begins at sample `start`, and the chunk's sample of each."""
         table, store = self.reads[read], self.stores[self.store_of[read]]
         rows = slice(table["bases_start"], table["bases_start"] + table["bases_length"])
-        first, end = np.searchsorted(store.base_starts[rows], [start, start + self.chunk_len])
-        return store.bases[rows][first:end], store.base_starts[rows][first:end] - start
+        bases, starts = np.asarray(store.bases)[rows], np.asarray(store.base_starts)[rows]  # slices of memmap are slow
+        first, end = starts.searchsorted(np.array([start, start + self.chunk_len], starts.dtype))
+        return bases[first:end], starts[first:end] - start
 
     def _cut(self, reads, starts):
-        signal = np.empty((len(reads), self.chunk_len), np.float32)
-        targets = []
-        for row, (read, start) in enumerate(zip(reads, starts, strict=True)):
-            table, store = self.reads[read], self.stores[self.store_of[read]]
-            signal[row] = store.signal[table["start"] + start :][: self.chunk_len]
-            if self.labelled:
-                targets.append(torch.from_numpy(self.bases(read, start)[0].astype(np.int64)))
-        signal, lengths = torch.from_numpy(signal), torch.full((len(reads),), self.chunk_len)
+        signal, first = np.empty((len(reads), self.chunk_len), np.float16), self.reads["start"][reads] + starts
+        for number in np.unique(self.store_of[reads]):
+            rows = self.store_of[reads] == number
+            windows = np.lib.stride_tricks.sliding_window_view(self.stores[number].signal, self.chunk_len)
+            signal[rows] = windows[first[rows]]  # a view of each stretch there is: these alone are read
+        signal, lengths = torch.from_numpy(signal).float(), torch.full((len(reads),), self.chunk_len)
         if not self.labelled:
             return Batch(signal, lengths, reads=self._ids(reads))
-        padded = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
-        return Batch(signal, lengths, padded, torch.tensor([len(target) for target in targets]), self._ids(reads))
+        bases = [self.bases(read, start)[0] for read, start in zip(reads, starts, strict=True)]
+        target_lengths = torch.tensor([len(row) for row in bases])
+        targets = torch.zeros((len(reads), target_lengths.max()), dtype=torch.int64)
+        for padded, row in zip(targets.numpy(), bases, strict=True):
+            padded[: len(row)] = row
+        return Batch(signal, lengths, targets, target_lengths, self._ids(reads))
 
     def _ids(self, reads):
         return tuple(read_id.decode() for read_id in self.reads["id"][reads])

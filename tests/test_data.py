@@ -128,6 +128,29 @@ def test_stored_shift_and_scale_of_mapped_reads(shared_data):
             assert (shift, scale) == pytest.approx((stored["shift_frompA"], stored["scale_frompA"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["i1", "u1", "<i2", ">i2", "u2", "i4", "i8", "u8"])
+def test_normalising_by_value_is_normalising_by_sample(kind):
+    """To the last bit, up to values as far apart as the type allows."""
+    rng, info = np.random.default_rng(0), np.iinfo(kind)
+    for length in (1, 2, 7, 1000, 1001):
+        for low, high in ((0, 100), (info.min, info.min + 9), (info.max - 9, info.max), (info.min, info.max)):
+            dacs = rng.integers(low, high, length, np.dtype(kind).newbyteorder("="), endpoint=True).astype(kind)
+            found = data.normalised(data.RawRead("a", dacs, -3.5, 0.1755, RATE))
+            current = (dacs.astype(float) - 3.5) * 0.1755
+            shift = np.median(current)
+            scale = 1.4826 * np.median(np.abs(current - shift))
+            share = max((dacs == dacs.min()).mean(), (dacs == dacs.max()).mean())
+            if dacs.min() == dacs.max():
+                assert found == "constant"
+            elif share > 0.1:
+                assert found == "saturated"
+            elif scale == 0:  # 64 bits are more than a float tells apart
+                assert found == "constant" and dacs.itemsize == 8
+            else:
+                assert found[1:] == (shift, scale) and found[0].dtype == np.float16
+                assert (found[0] == ((current - shift) / scale).astype(np.float16)).all()
+
+
 def test_without_the_vbz_plugin_the_error_says_what_to_install(shared_data, tmp_path):
     (tmp_path / "vbz_h5py_plugin.py").write_text("raise ImportError('not installed')")
     path = shared_data / "formats/single_read_vbz_rna.fast5"
@@ -493,6 +516,8 @@ def test_several_stores_are_one_set_of_reads(tmp_path):
     both = Chunks([stores[0], coded_store(tmp_path / "c", [100, 300], prefix="c")], 100, "training")
     assert Counter(locate(row)[0] for row in both.batch(0, 0, 9).signal) == {0: 6, 1: 3}
     assert len(Chunks(stores, 100, "training")) == 10
+    short = Chunks([coded_store(tmp_path / "d", [90]), stores[0]], 100, "training", labelled=True)
+    assert len(short.batch(0, 0, 5).signal) == 5  # from the store that is long enough
 
 
 # ----------------------------------------------------------------------------------------------------------- splits

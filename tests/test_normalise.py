@@ -35,6 +35,19 @@ def test_med_mad_by_hand(current, shift, mad):
     assert med_mad(np.array(current)) == (shift, pytest.approx(1.4826 * mad))
 
 
+def test_med_mad_of_counted_values_is_that_of_all_of_them():
+    """To the last bit, also where the two in the middle differ and where values are missing."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        values = rng.normal(90, 12, rng.integers(1, 30))
+        counts = rng.integers(0, 4, len(values)) + (len(values) == 1)
+        if counts.any():
+            current = rng.permutation(np.repeat(values, counts))
+            shift = np.median(current)
+            expected = shift, 1.4826 * np.median(np.abs(current - shift))
+            assert med_mad(values, counts) == med_mad(current) == expected
+
+
 def test_med_mad_of_normal_noise_is_its_mean_and_sd():
     current = np.random.default_rng(0).normal(90.0, 12.0, 100_000)
     assert med_mad(current) == pytest.approx((90.0, 12.0), abs=0.2)

@@ -40,6 +40,7 @@ from common.run import autocast, load_tensors, parse_args, pick_device
 from finetune_basecaller import STEPS_PER_FRAME, Basecaller, best_path
 
 STRIDE = HOP // STEPS_PER_FRAME  # samples a time step
+BASES = bytes.maketrans(ALPHABET.encode(), bytes(range(len(ALPHABET))))  # letters to their places in ALPHABET
 FORMATS = (".fastq", ".fq", ".fastq.gz", ".fq.gz", ".bam")
 
 
@@ -128,7 +129,8 @@ def decode(log_probs, beam_size):
     if not sequence:
         return sequence, starts, np.zeros(0, np.uint8)
     highest = np.maximum.reduceat(probs, starts)  # (B, 5)
-    error = 1 - highest[np.arange(len(starts)), [ALPHABET.index(base) for base in sequence]]
+    bases = np.frombuffer(sequence.encode().translate(BASES), np.uint8)
+    error = 1 - highest[np.arange(len(starts)), bases]
     return sequence, starts, (-10 * np.log10(error.clip(1e-5, 1))).round().astype(np.uint8)
 
 

@@ -13,6 +13,7 @@ with chunks that cannot be spelled left out and counted (`infeasible`).
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -175,24 +176,34 @@ def best_path(log_probs):
     return fast_ctc_decode.viterbi_search(np.ascontiguousarray(log_probs.exp().numpy()), ALPHABET)
 
 
+def identities_of(log_probs, targets, target_lengths):
+    """Identity in percent of each chunk that has bases: log_probs (N, S, 5), targets (N, B), target_lengths (N,)."""
+    identities = []
+    for row, bases in enumerate(target_lengths.tolist()):
+        if bases:
+            reference = "".join(ALPHABET[base] for base in targets[row, :bases].tolist())
+            identities.append(identity(best_path(log_probs[row])[0], reference))
+    return identities
+
+
 @torch.no_grad()
 def validate(model, chunks, batch_size, device, precision):
     """Mean loss a base and identity over all validation chunks, as a dict of the logged metrics."""
     model.eval()
-    losses, infeasible, identities = [], [], []
-    for batch in chunks.tiles(batch_size):
-        batch = batch.to(device)
-        with autocast(device, precision):
-            log_probs, lengths = model(batch.signal)
-        per_base, counts, beyond = ctc_per_base(log_probs, lengths, batch.targets, batch.target_lengths)
-        losses += per_base[counts].tolist()
-        infeasible += beyond.tolist()
-        log_probs, targets = log_probs.cpu(), batch.targets.cpu().numpy()
-        for row, bases in enumerate(batch.target_lengths.tolist()):
-            if bases:
-                reference = "".join(ALPHABET[base] for base in targets[row, :bases])
-                identities.append(identity(best_path(log_probs[row])[0], reference))
+    losses, infeasible, aligned = [], [], []
+    with ThreadPoolExecutor() as pool:  # which decodes and aligns while the model goes on
+        for batch in chunks.tiles(batch_size):
+            targets, target_lengths = batch.targets, batch.target_lengths
+            batch = batch.to(device)
+            with autocast(device, precision):
+                log_probs, lengths = model(batch.signal)
+            per_base, counts, beyond = ctc_per_base(log_probs, lengths, batch.targets, batch.target_lengths)
+            losses += per_base[counts].tolist()
+            infeasible += beyond.tolist()
+            aligned.append(pool.submit(identities_of, log_probs.cpu(), targets, target_lengths))
+            aligned[max(0, len(aligned) - 32)].result()  # no more than 32 batches wait
     model.train()
+    identities = [percent for batch in aligned for percent in batch.result()]
     losses, infeasible, identities = map(all_gather_lists, (losses, infeasible, identities))
     return {
         "validation/loss": float(np.mean(losses)) if losses else math.inf,

@@ -9,9 +9,11 @@ import torch
 
 from benchmark.plot_runs import read_metrics
 from common import InputError
+from common.data import Chunks, open_data
+from common.metrics import identity
 from common.pore_model import PoreModel
 from common.run import parse_args
-from finetune_basecaller import Args, Basecaller, best_path, ctc_loss, jitter, learning_rate, main
+from finetune_basecaller import Args, Basecaller, best_path, ctc_loss, jitter, learning_rate, main, validate
 
 
 def enumerated_loss(log_probs, target):
@@ -107,6 +109,21 @@ def test_a_short_run_learns_and_writes_best_and_last(simulated, tmp_path):
     assert {"validation/identity_mean", "validation/identity_median", "validation/infeasible"} < validated[0].keys()
     for name in ("basecaller.pt", "basecaller_last.pt"):
         Basecaller.from_state_dict(torch.load(tmp_path / "run" / name, weights_only=True))
+
+
+def test_identities_of_a_validation_are_those_of_its_chunks_one_by_one(simulated, tmp_path):
+    main(small_args(simulated, tmp_path / "run", lr=3e-3, epochs=4))
+    model = Basecaller.from_state_dict(torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)).eval()
+    chunks, expected = Chunks(open_data([simulated]), 400, "validation", labelled=True), []
+    for batch in chunks.tiles(8):
+        for log_probs, bases in zip(model(batch.signal)[0].detach(), batch.targets, strict=True):
+            reference = "".join("ACGT"[base - 1] for base in bases[bases > 0])
+            if reference:
+                expected.append(identity(best_path(log_probs)[0], reference))
+    found = validate(model, chunks, 8, torch.device("cpu"), "fp32")
+    assert len(expected) > 20 and np.std(expected) > 0
+    assert found["validation/identity_mean"] == np.mean(expected)
+    assert found["validation/identity_median"] == np.median(expected)
 
 
 def test_a_resumed_run_is_the_run_never_stopped(simulated, tmp_path):

@@ -193,7 +193,7 @@ def main(args):
     predictor = Predictor(args.representation).to(device)
     target_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
     target_head = copy.deepcopy(head)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters(), *predictor.parameters()])
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters(), *predictor.parameters()], fused=True)
     warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=8 / 3)
 
     run = Run(args, __file__)

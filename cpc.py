@@ -211,7 +211,7 @@ def main(args):
 
     pore_model = PoreModel.of_size(args.size, encoder=args.encoder).to(device)
     prediction = Prediction(args.future_steps, pore_model.channels).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *prediction.parameters()])
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *prediction.parameters()], fused=True)
     warn_if_slow(device, (pore_model, nn.Identity()), args.chunk_len, len(chunks), passes=1)
 
     run = Run(args, __file__)

@@ -199,7 +199,7 @@ def main(args):
     teacher_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
     teacher_head = copy.deepcopy(head)
     center = Center(args.representation).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()])
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()], fused=True)
     warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=8 / 3)
 
     run = Run(args, __file__)

@@ -216,7 +216,7 @@ def main(args):
     key_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
     key_head = copy.deepcopy(head)
     queue = Queue(args.queue, args.representation).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()])
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()], fused=True)
     warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=4 / 3)
 
     run = Run(args, __file__)

@@ -160,7 +160,7 @@ def main(args):
 
     pore_model = PoreModel.of_size(args.size).to(device)
     head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()])
+    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()], fused=True)
     warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=2)
 
     run = Run(args, __file__)

@@ -127,10 +127,9 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, rotation, mask=None):
-        """x (N, T, C), rotations(T), mask of the keys to attend to, which broadcasts to (N, heads, T, T), or None."""
-        heads = (x.shape[2] // HEAD_WIDTH, HEAD_WIDTH)
-        query, key, value = self.query_key_value(self.norm1(x)).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)
-        query, key = rotated(query, rotation), rotated(key, rotation)
+        """x (N, T, C), rotations(T, C), mask of keys to attend to, which broadcasts to (N, heads, T, T), or None."""
+        turned = rotated(self.query_key_value(self.norm1(x)), rotation)
+        query, key, value = turned.unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, mask)  # (N, heads, T, 64)
         x = x + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
@@ -184,7 +183,7 @@ class PoreModel(nn.Module):
     def contextualise(self, frames, lengths=None):
         """The transformer on the encoder's frames (N, T, C), lengths (N,) or None -> context (N, T, C)."""
         x = self.dropout(frames)
-        rotation = rotations(frames.shape[1], frames.device)
+        rotation = rotations(*frames.shape[1:], frames.device)
         valid = None if lengths is None else valid_positions(lengths, frames.shape[1])
         mask = None if valid is None else valid[:, None, None]
         if self.window is not None:
@@ -198,24 +197,27 @@ class PoreModel(nn.Module):
         return x if valid is None else x * valid[:, :, None]
 
 
-def rotations(frames, device):
-    """Cosines and sines, each (T, 32), that turn pairs of query and key features by an angle that grows with the frame.
+def rotations(frames, channels, device):
+    """Cosines and sines, each (T, 3 C), that turn pairs of query and key features by angles that grow with the frame.
 
     Rotary positions (Su et al. 2021, "RoFormer", eq. 34): after them, the product of a query and a key depends on how
     far apart they stand and not on where the chunk was cut. Like the sinusoids added to the input that the thesis has,
     they have no parameters and no longest chunk; they train a tiny basecaller faster (docs/results.md). Wavelengths
-    are 2 pi to 20000 pi frames.
+    are 2 pi to 20000 pi frames. Values are turned by 0: so all three are turned at once, in long runs of memory.
     """
     rate = 10000.0 ** -(torch.arange(0, HEAD_WIDTH, 2, device=device) / HEAD_WIDTH)
     angle = torch.arange(frames, device=device)[:, None] * rate
+    angle = torch.cat([-angle, angle], dim=1).repeat(1, channels // HEAD_WIDTH)  # (T, C): cos(-a) = cos(a)
+    angle = torch.cat([angle, angle, torch.zeros_like(angle)], dim=1)
     return angle.cos(), angle.sin()
 
 
 def rotated(x, rotation):
-    """x (N, heads, T, 64) with features i and i + 32 of each frame turned by the frame's i-th angle."""
+    """x (N, T, 3 C), queries, keys and values, with features i and i + 32 of each head turned by the i-th angle."""
     cos, sin = (part.to(x.dtype) for part in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    first, second = x.unflatten(2, (-1, 2, HEAD_WIDTH // 2)).unbind(3)
+    swapped = torch.stack([second, first], dim=3).flatten(2)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class RepresentationHead(nn.Module):

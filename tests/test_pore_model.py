@@ -266,7 +266,7 @@ def test_the_transformer_layer_without_positions_equals_torchs_own(masked):
         nn.init.normal_(norm.bias)
     x = torch.randn(3, 11, 192, dtype=torch.float64)
     valid = valid_positions(torch.tensor([11, 6, 1] if masked else [11, 11, 11]), 11)
-    still = torch.ones(11, 32), torch.zeros(11, 32)
+    still = torch.ones(11, 3 * 192), torch.zeros(11, 3 * 192)
     found = ours(x, still, valid[:, None, None] if masked else None)
     expected = torch_layer(ours)(x, src_key_padding_mask=~valid if masked else None)
     torch.testing.assert_close(found[valid], expected[valid])
@@ -317,13 +317,14 @@ def test_the_head_takes_chunks_of_any_length_and_batches_shorter_than_the_chunk(
 def test_attention_sees_how_far_apart_frames_are_and_not_where_they_stand():
     """Scores of queries and keys depend on their distance alone, and do depend on it."""
     torch.manual_seed(0)
-    query, key = torch.randn(2, 1, 1, 1, 64).expand(2, 1, 1, 40, 64)
-    rotation = rotations(40, "cpu")
-    scores = (rotated(query, rotation) @ rotated(key, rotation).mT)[0, 0]  # (40, 40) of equal queries and equal keys
+    x = torch.randn(1, 1, 3 * 64).expand(1, 40, 3 * 64)  # equal queries, equal keys, equal values
+    query, key, value = rotated(x, rotations(40, 64, "cpu")).chunk(3, dim=2)
+    scores = (query @ key.mT)[0]  # (40, 40)
+    assert torch.equal(value, x[:, :, 2 * 64 :])
     for distance in (-7, 0, 5):
         torch.testing.assert_close(scores.diagonal(distance), scores.diagonal(distance)[:1].expand(40 - abs(distance)))
     assert scores[0].std() > 0.1
-    torch.testing.assert_close(scores.diagonal(), (query * key).sum(-1)[0, 0])
+    torch.testing.assert_close(scores.diagonal(), (x[0, :, :64] * x[0, :, 64:128]).sum(-1))
 
 
 def test_with_a_window_a_frame_sees_that_many_frames_a_layer_and_padding_still_does_not_matter():

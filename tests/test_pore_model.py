@@ -10,6 +10,7 @@ from torch import nn
 
 from common.pore_model import (
     SIZES,
+    Dropout,
     FeatureEncoder,
     MaskedBatchNorm1d,
     PoreModel,
@@ -270,6 +271,21 @@ def test_the_transformer_layer_without_positions_equals_torchs_own(masked):
     found = ours(x, still, valid[:, None, None] if masked else None)
     expected = torch_layer(ours)(x, src_key_padding_mask=~valid if masked else None)
     torch.testing.assert_close(found[valid], expected[valid])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_torchs(dtype):
+    """As many zeros, the rest scaled to the same mean; the gradient has the same mask; nothing in evaluation."""
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.25), torch.rand(1000, 400).add(0.5).to(dtype).requires_grad_()
+    y = dropout(x)
+    kept = y != 0
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.005)  # sd 0.0007; bfloat16 numbers are 1/256 apart
+    torch.testing.assert_close(y[kept], (x / 0.75)[kept])
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / torch.tensor(0.75, dtype=dtype))
+    assert abs(torch.corrcoef(torch.stack([kept[:-1].flatten(), kept[1:].flatten()]).float())[0, 1]) < 0.01
+    assert dropout.eval()(x) is x
 
 
 def test_dropout_acts_in_training_only():

@@ -330,6 +330,33 @@ def test_the_head_takes_chunks_of_any_length_and_batches_shorter_than_the_chunk(
         torch.testing.assert_close(r, plain(model, head, [x[:n] for x, n in zip(signal, lengths, strict=True)])[1])
 
 
+def test_rows_in_groups_of_like_length_are_all_rows_at_once():
+    """What a CPU does against what a GPU does: context and gradients, the rows in their own order."""
+    torch.manual_seed(0)
+    model = PoreModel.of_size("tiny", dropout=0.0).double()
+    lengths = torch.tensor([9, 40, 1, 17, 25, 40, 3, 3, 31, 12, 8, 38, 22, 2, 5, 30, 11, 40, 19])
+    frames = torch.randn(len(lengths), 40, 128, dtype=torch.float64)
+    frames = (frames * valid_positions(lengths, 40)[:, :, None]).requires_grad_()
+    found, expected = model.contextualise(frames, lengths), model.transform(frames, lengths)
+    torch.testing.assert_close(found, expected)
+    inputs, weight = [frames, *model.layers.parameters(), *model.norm.parameters()], torch.randn_like(found)
+    gradients = [torch.autograd.grad((context * weight).sum(), inputs) for context in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_queries_and_keys_are_turned_as_complex_numbers_are():
+    """RoFormer, eq. 12: features i and i + 32 of a head are a complex number; frame m turns it by m times its rate."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 50, 3 * 128, dtype=torch.float64)
+    heads = x.unflatten(2, (3, 2, 2, 32))  # queries, keys, values; heads; real and imaginary parts
+    angle = torch.arange(50)[:, None] * 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    turned = torch.complex(*heads.unbind(4)) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
+    expected = torch.stack([turned.real, turned.imag], dim=4)
+    expected[:, :, 2] = heads[:, :, 2]
+    found = rotated(x, rotations(50, 128, "cpu"))
+    torch.testing.assert_close(found, expected.flatten(2), rtol=0, atol=2e-5)  # angles are float32
+
+
 def test_attention_sees_how_far_apart_frames_are_and_not_where_they_stand():
     """Scores of queries and keys depend on their distance alone, and do depend on it."""
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ from common.run import (
 )
 
 STEPS_PER_FRAME = 2
+VALIDATE_EVERY = 50  # steps, or each epoch where one is longer
 
 # Used where an argument is not given. tiny and small: docs/results.md has the study; thesis: not tried, a guess.
 RECIPES = {
@@ -62,9 +63,12 @@ class Args:
     encoder: Literal["wide", "thin"] = "wide"
     """its encoder, that of the weights; thin for those of cpc.py --encoder thin, and for their baseline"""
     label_fraction: float = 1.0
-    """train on this share of the labelled reads; an epoch shrinks with it, so raise --epochs to keep the steps"""
+    """train on this share of the labelled reads; an epoch shrinks with it, so give --steps to keep them"""
     shared_data: bool = False
     """pretraining was given the same --data: train on the one read in six that it left out"""
+    tune: bool = False
+    """validate on one in six of the training reads, which training leaves out: choices made by it have then not seen
+    the validation reads"""
     chunk_len: int | None = None
     """samples a chunk; by size if not given"""
     batch_size: int | None = None
@@ -87,6 +91,8 @@ class Args:
     """and given white noise of this standard deviation"""
     epochs: int | None = None
     """passes over the training reads; the cosine ends with them; by size if not given"""
+    steps: int | None = None
+    """this many steps rather than --epochs; the cosine ends with them"""
     max_steps: int | None = None
     """stop early, after this many steps"""
     seed: int = 0
@@ -258,16 +264,21 @@ def main(args):
     model = Basecaller(PoreModel.of_size(args.size, args.dropout, args.encoder)).to(device)
     if args.weights and not args.resume:
         load_weights(model.pore_model, args.weights)
+    if args.tune and args.shared_data:
+        raise InputError("--tune: validates on the one read in six that --shared-data trains on; leave one of them out")
     stores = open_data(args.data)
-    share = "finetuning" if args.shared_data else None
+    share = "finetuning" if args.shared_data else "pretraining" if args.tune else None
     chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction)
     validation = Chunks(stores, args.chunk_len, "validation", True)
+    if args.tune:
+        validation = Chunks(stores, args.chunk_len, "training", True, "finetuning")
     print(
         f"training: {chunks.number_of_reads} reads, {len(chunks)} chunks; "
         f"validation: {validation.number_of_reads} reads, {len(validation)} chunks"
     )
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
-    total = args.epochs * steps_per_epoch
+    total = args.steps or args.epochs * steps_per_epoch
+    validate_every = steps_per_epoch * math.ceil(VALIDATE_EVERY / steps_per_epoch)
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:
         args.warmup_steps = min(200, total // 10)
@@ -308,7 +319,7 @@ def main(args):
 
         if step % LOG_EVERY == 0:
             run.log(step, loss=loss, **terms, lr=optimizer.param_groups[0]["lr"])
-        if step % steps_per_epoch == 0:
+        if step % validate_every == 0 or step == total:
             metrics = validate(model, validation, args.batch_size, device, args.precision)
             run.log(step, **metrics)
             if metrics["validation/loss"] < best:
@@ -317,7 +328,7 @@ def main(args):
         stop = run.asked_to_stop()  # a question to all processes, at each step
         if stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best)
-    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
+    if last % validate_every and last < total:  # --max-steps; --resume will cut this line off again
         run.log(last, **validate(model, validation, args.batch_size, device, args.precision))
     if best == math.inf:
         run.save("basecaller.pt", model.state_dict())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune_basecaller
 from benchmark.plot_runs import read_metrics
 from common import InputError
 from common.data import Chunks, open_data
@@ -126,7 +127,9 @@ def test_identities_of_a_validation_are_those_of_its_chunks_one_by_one(simulated
     assert found["validation/identity_median"] == np.median(expected)
 
 
-def test_a_resumed_run_is_the_run_never_stopped(simulated, tmp_path):
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_resumed_run_is_the_run_never_stopped(simulated, tmp_path, monkeypatch, every):
+    monkeypatch.setattr(finetune_basecaller, "VALIDATE_EVERY", every)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     main(small_args(simulated, whole, max_steps=25))
     main(small_args(simulated, stopped, max_steps=13))
@@ -135,6 +138,50 @@ def test_a_resumed_run_is_the_run_never_stopped(simulated, tmp_path):
         weights = [torch.load(folder / name, weights_only=True) for folder in (whole, stopped)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert lines_but_rates(whole) == lines_but_rates(stopped)
+
+
+def test_steps_end_the_cosine_and_are_validated_every_so_often_and_at_the_end(simulated, tmp_path, monkeypatch):
+    """An epoch of all reads has several steps, one of a tenth of them a single one."""
+    monkeypatch.setattr(finetune_basecaller, "VALIDATE_EVERY", 4)
+    settings = {"batch_size": 4, "chunk_len": 1200, "label_fraction": 0.1, "warmup_steps": 0}
+    main(small_args(simulated, tmp_path / "run", steps=10, **settings))
+    log = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in log if "validation/loss" in line] == [4, 8, 10]
+    assert [line["lr"] for line in log if "lr" in line] == [pytest.approx(0, abs=1e-12)]
+    best = min(line["validation/loss"] for line in log if "validation/loss" in line)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["best"] == best
+    main(small_args(simulated, tmp_path / "early", steps=10, max_steps=7, **settings))
+    validated = [line["step"] for line in read_metrics(tmp_path / "early") if "validation/loss" in line]
+    assert validated == [4, 7]
+    assert torch.load(tmp_path / "early" / "checkpoint.pt", weights_only=True)["step"] == 7
+
+
+def test_tune_validates_on_reads_that_neither_training_nor_the_validation_split_has(simulated, tmp_path, monkeypatch):
+    made = []
+
+    class Spy(Chunks):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(set(self.read_of.tolist()))
+
+    monkeypatch.setattr(finetune_basecaller, "Chunks", Spy)
+    main(small_args(simulated, tmp_path / "tuned", steps=1, tune=True))
+    training, tuning = made[0], made[-1]
+    main(small_args(simulated, tmp_path / "run", steps=1))
+    every, validation = made[-2:]
+    assert training and tuning and not training & tuning and training | tuning == every
+    assert validation and not tuning & validation
+    with pytest.raises(InputError, match=r"--tune: .* --shared-data"):
+        main(small_args(simulated, tmp_path / "both", tune=True, shared_data=True))
+
+
+@pytest.mark.parametrize("words", ["--tune", "--steps 9"])
+def test_steps_and_tune_stay_on_resume(simulated, tmp_path, monkeypatch, words):
+    main(small_args(simulated, tmp_path / "run", steps=2))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["finetune_basecaller.py", "--resume", str(tmp_path / "run"), *words.split()])
+    with pytest.raises(InputError, match=f"{words.split()[0]}: the run in .* keeps it"):
+        parse_args(Args)
 
 
 def test_frozen_pore_model_keeps_its_weights_and_statistics_while_the_head_learns(simulated, tmp_path):

@@ -50,6 +50,8 @@ def serve():
     """
     import torch._dynamo  # noqa: F401 - as the first optimizer does, which takes two seconds
 
+    finetune_basecaller.VALIDATE_EVERY = 1  # each epoch, short as it is
+
     while sys.stdin.buffer.peek(1):
         environment, folder, calls = pickle.load(sys.stdin.buffer)
         reader, writer = os.pipe()  # a file would be subject to the limits as well

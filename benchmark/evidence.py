@@ -1,0 +1,382 @@
+"""What pretraining brings: every method, several label fractions, several seeds, against training from scratch.
+
+    python benchmark/evidence.py                                          (simulated reads)
+    python benchmark/evidence.py --pretraining-data reads.pod5 --labelled-data labelled.hdf5 --tune
+    python benchmark/evidence.py --pretraining-data reads.pod5 --labelled-data labelled.hdf5
+
+Each result is a row of benchmark/results/NAME-HOST.csv as soon as it is there, and no row of any NAME-*.csv is made
+again: stop this at any time, start it again, on several machines or twice on one. Jobs are ordered by seed, so that
+what is there is whole seeds. The scripts run as anyone would run them; the rows have their commands and commits. A
+result is that of the last weights, not of those that did best on the validation reads.
+
+scratch-long spends on labels what the others spend on pretraining. With B chunks of L samples a step,
+
+    steps = finetuning steps + pretraining steps * passes * (B L of pretraining) / (B L of fine-tuning)
+
+where passes, forward and backward through the pore model, are 8/3 a chunk: those of BYOL and DINO, two views with
+gradient and two without, which count a third. The other methods have fewer.
+
+--tune searches the learning rate of training from scratch on a part of the training reads. The grid takes the best of
+each label fraction for all arms: the baseline is tuned, and the methods have to do with what suits it.
+"""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that `python benchmark/evidence.py` finds the modules below
+# ruff: noqa: E402
+
+import finetune_basecaller
+from benchmark.plot_runs import read_metrics
+from common import InputError
+from common.data import Chunks, open_data
+from common.files import make_once
+from common.run import parse_args
+from common.simulate import write_simulated
+
+RUNS, RESULTS = Path("runs/evidence"), ROOT / "benchmark" / "results"
+CHUNK, BATCH = 1200, 64  # of all pretraining, so that each method sees as many samples
+PASSES = 8 / 3
+# What differs from the scripts' defaults, which are for fifty epochs: in a few hundred steps the thesis's rates of 1e-5
+# and 3e-5 move nothing, a queue of 8192 is never full of keys, and an average over 1000 steps stays where it began.
+SHORT = {"lr": 1e-3, "warmup-steps": 25}
+RECIPES = {
+    "cpc": SHORT,
+    "simclr": SHORT,
+    "moco": SHORT | {"queue": 2048, "momentum": 0.99},
+    "simsiam": SHORT,
+    "byol": SHORT | {"momentum": 0.99},
+    "dino": SHORT | {"momentum": 0.99, "student-temperature": 0.5, "teacher-temperature": 0.3},
+    "barlow": SHORT,
+}
+METHODS = ("scratch", "scratch-long", *RECIPES)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+KEY = ("pretrain_command", "finetune_command")  # what determines a result: as run, but for folders
+COLUMNS = (
+    "name", "arm", "fraction", "seed", "size", "split", "validation_reads", "validation_chunks", "loss",
+    "identity_mean", "identity_median", "finetuning_steps", "lr", "seconds", "pretraining_steps", "pretraining_seconds",
+    "feature_spread", "effective_rank", "commit", "pretraining_commit", "hardware", *KEY,
+)  # fmt: skip
+
+
+@dataclass
+class Args:
+    name: str = "real"
+    """of this collection of results"""
+    pretraining_data: tuple[Path, ...] = ()
+    """raw reads; without these and labelled ones: simulated reads, named simulated"""
+    labelled_data: tuple[Path, ...] = ()
+    """other reads, with bases"""
+    size: Literal["thesis", "small", "tiny"] = "tiny"
+    """size of the pore model"""
+    methods: tuple[Literal[METHODS], ...] = METHODS
+    """what to compare"""
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """shares of the labelled reads to train on"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of weights, views and order, in pretraining and fine-tuning"""
+    pretraining_epochs: int = 1
+    """of each method"""
+    finetuning_steps: int = 400
+    """of each arm but scratch-long"""
+    lr: float | None = None
+    """highest learning rate of fine-tuning; the best of --tune, or else the script's, if not given"""
+    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """rather than the grid, find the learning rate for scratch at each of the fractions, with seed 0"""
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def read_rows(name):
+    """The rows of collection `name` from all machines, as dicts of strings. InputError if a file is none of them."""
+    rows = []
+    for path in sorted(RESULTS.glob(f"{name}-*.csv")):
+        text = path.read_text()
+        found = list(csv.DictReader(io.StringIO(text)))
+        if not text.endswith("\n") or any(row.keys() != set(COLUMNS) or None in row.values() for row in found):
+            raise InputError(f"{path}: has lines that are no rows of evidence.py; remove them, they will be made again")
+        rows += [row for row in found if row["name"] == name]  # real-* are also those of a collection real-thesis
+    return rows
+
+
+def append_row(row):
+    """Adds a row to this machine's file, whole or not at all."""
+    path = RESULTS / f"{row['name']}-{platform.node()}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        before, text = os.fstat(file.fileno()).st_size, io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        if not before:
+            writer.writeheader()
+        writer.writerow(row)
+        try:
+            file.write(text.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, before)
+            raise
+
+
+def key(row):
+    return tuple(row[column] for column in KEY)
+
+
+def best_rates(args):
+    """{fraction: the learning rate with the highest identity among --tune's rows of this size and steps}."""
+    best = {}
+    for row in read_rows(args.name):
+        if (row["split"], row["size"], row["finetuning_steps"]) == ("tune", args.size, str(args.finetuning_steps)):
+            found = float(row["identity_mean"]), float(row["lr"])
+            best[float(row["fraction"])] = max(found, best.get(float(row["fraction"]), found))
+    return {fraction: lr for fraction, (_, lr) in best.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- jobs
+
+
+def as_many_steps(args, pretraining_steps, batch):
+    """How many steps of fine-tuning, of `batch` chunks, take as much as pretraining."""
+    per_step = PASSES * BATCH * CHUNK / (batch * finetune_basecaller.RECIPES[args.size]["chunk_len"])
+    return math.ceil(pretraining_steps * per_step)
+
+
+def pretrain_command(args, method, seed):
+    words = [f"{method}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
+    words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
+    words += [word for name, value in RECIPES[method].items() for word in (f"--{name}", value)]
+    return shlex.join(map(str, [*words, "--cosine"]))
+
+
+def plan(args, pretraining_steps, batches):
+    """The rows to be made, without what is known only afterwards; `batches`: {fraction: chunks a fine-tuning step}."""
+    rates = {} if args.lr or args.tune else best_rates(args)
+    default = args.lr or finetune_basecaller.RECIPES[args.size]["lr"]
+    untuned = [fraction for fraction in args.fractions if fraction not in rates]
+    if untuned and not (args.lr or args.tune):
+        print(f"no rows of --tune for {', '.join(map(str, untuned))} of the labels: --lr {default} there")
+    jobs = []
+    for seed in [0] if args.tune else args.seeds:
+        for arm in ["scratch"] if args.tune else args.methods:
+            for fraction in args.fractions:
+                for lr in RATES if args.tune else [rates.get(fraction, default)]:
+                    longer = arm == "scratch-long"
+                    steps = args.finetuning_steps + longer * as_many_steps(args, pretraining_steps, batches[fraction])
+                    words = ["finetune_basecaller.py", "--data", *args.labelled_data, "--size", args.size]
+                    words += ["--label-fraction", fraction, "--seed", seed, "--steps", steps, "--lr", lr]
+                    words += ["--batch-size", batches[fraction]]
+                    words += ["--tune"] if args.tune else []
+                    row = {"name": args.name, "arm": arm, "fraction": fraction, "seed": seed, "size": args.size}
+                    row |= {"split": "tune" if args.tune else "validation", "finetuning_steps": steps, "lr": lr}
+                    row |= {"pretraining_steps": 0, "pretrain_command": "", "pretraining_seconds": 0}
+                    row |= dict.fromkeys(("feature_spread", "effective_rank", "pretraining_commit"), "")
+                    if arm in RECIPES:
+                        words += ["--weights", "pore_model.pt"]
+                        row["pretrain_command"] = pretrain_command(args, arm, seed)
+                        row["pretraining_steps"] = pretraining_steps
+                    jobs.append(row | {"finetune_command": shlex.join(map(str, words))})
+    return jobs
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Whether this process has the lock `path`, until the end; the system unlocks it however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            yield False
+        else:
+            yield True
+
+
+def call(words):
+    """Runs a script to its end; its messages are shown. Ctrl-C lets it end with a checkpoint first."""
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+
+
+def complete(folder, command, result):
+    """Runs `command` in `folder` until `result` is there, going on from a checkpoint. (commit, seconds) it took.
+
+    InputError if it fails.
+    """
+    script, *words = shlex.split(command)
+    attempts = folder / "attempts.jsonl"
+    if not (folder / result).exists():
+        if (folder / "checkpoint.pt").exists():
+            words = ["--resume", folder]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that stopped too early to go on
+            words += ["--run-dir", folder]
+        start, commit = time.monotonic(), current_commit()
+        try:
+            code = call([sys.executable, str(ROOT / script), *map(str, words)])
+        finally:
+            if folder.exists():
+                with open(attempts, "a") as file:
+                    file.write(json.dumps({"commit": commit, "seconds": time.monotonic() - start}) + "\n")
+        if code or not (folder / result).exists():
+            raise InputError(f"python {command} failed, with exit code {code}")
+    lines = [json.loads(line) for line in attempts.read_text().splitlines()] if attempts.exists() else []
+    return (lines[-1]["commit"] if lines else ""), round(sum(line["seconds"] for line in lines), 1)
+
+
+def current_commit():
+    """The commit that is checked out, with + if a script differs from it."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+def hardware():
+    """The GPU, or the CPU and the threads used of it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return f"{model}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def run_folder(row, *columns):
+    """Where a row's pretraining (its pretrain_command alone) or fine-tuning (both commands) runs."""
+    digest = blake2b("\n".join(row[column] for column in columns).encode(), digest_size=4).hexdigest()
+    fraction = f"-{row['fraction']}" if len(columns) == 2 else ""
+    return RUNS / row["name"] / f"{row['arm']}{fraction}-{row['seed']}-{digest}"
+
+
+def do(row):
+    """Makes a row, unless another process has. False if another process is at it, or at its pretraining, right now."""
+    folder = run_folder(row, *KEY)
+    with locked(folder.with_name(folder.name + ".lock")) as mine:
+        if not mine:
+            return False
+        if key(row) in map(key, read_rows(row["name"])):
+            return True
+        command = row["finetune_command"]
+        if row["pretrain_command"]:
+            pretrained = run_folder(row, "pretrain_command")
+            with locked(pretrained.with_name(pretrained.name + ".lock")) as mine:
+                if not mine:
+                    return False
+                row["pretraining_commit"], row["pretraining_seconds"] = complete(
+                    pretrained, row["pretrain_command"], "pore_model.pt"
+                )
+            for line in read_metrics(pretrained):
+                row |= {name: line[name] for name in ("feature_spread", "effective_rank") if name in line}
+            command = command.replace("--weights ", f"--weights {shlex.quote(str(pretrained))}/")
+        row["commit"], row["seconds"] = complete(folder, command, "basecaller_last.pt")
+        last = [line for line in read_metrics(folder) if "validation/loss" in line][-1]
+        row |= {name: last[f"validation/{name}"] for name in ("loss", "identity_mean", "identity_median")}
+        append_row(row | {"hardware": hardware()})
+        for weights in folder.glob("*.pt"):  # the log and the picture stay
+            weights.unlink()
+        return True
+
+
+def remaining(jobs, rows):
+    """Words for how long `jobs` will take, from the rows of this hardware and size; nothing if there are none yet."""
+    rows = [row for row in rows if (row["hardware"], row["size"]) == (hardware(), jobs[0]["size"])] if jobs else []
+    if not rows:
+        return ""
+    per_step = sum(float(row["seconds"]) for row in rows) / sum(int(row["finetuning_steps"]) for row in rows)
+    seconds = per_step * sum(job["finetuning_steps"] for job in jobs)
+    pretrained = [row for row in rows if row["pretrain_command"]]
+    if pretrained:
+        each = sum(float(row["pretraining_seconds"]) for row in pretrained) / len(pretrained)
+        seconds += each * len({job["pretrain_command"] for job in jobs} - {row["pretrain_command"] for row in rows})
+    return f"; about {seconds / 3600:.1f} hours more"
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def simulated_data():
+    """A file of 1000 reads to pretrain on and one of 300 to fine-tune on, which share nothing; made once."""
+    files = [(RUNS / "simulated" / "pretraining.hdf5", 1000, 1), (RUNS / "simulated" / "labelled.hdf5", 300, 2)]
+    for path, reads, seed in files:
+        make_once(path, lambda: write_simulated(path, reads, seed=seed))
+    return [(path,) for path, _, _ in files]
+
+
+def main(args):
+    """The number of jobs that failed."""
+    if bool(args.pretraining_data) != bool(args.labelled_data):
+        raise InputError("give both --pretraining-data and --labelled-data, or neither for simulated reads")
+    if not args.labelled_data:
+        args.name, (args.pretraining_data, args.labelled_data) = "simulated", simulated_data()
+    # here rather than in each script, so that what is wrong with the data is said before hours have passed
+    recipe, stores = finetune_basecaller.RECIPES[args.size], open_data(args.labelled_data)
+    labelled = partial(Chunks, stores, recipe["chunk_len"], labelled=True)
+    validation = labelled("training", share="finetuning") if args.tune else labelled("validation")
+    batches = {}  # a few reads may have less than a batch
+    for fraction in args.fractions:
+        chunks = labelled("training", share="pretraining" if args.tune else None, label_fraction=fraction)
+        batches[fraction] = min(recipe["batch_size"], len(chunks))
+    steps_per_epoch = Chunks(open_data(args.pretraining_data), CHUNK, "training").steps_per_epoch(BATCH)
+    jobs = plan(args, args.pretraining_epochs * steps_per_epoch, batches)
+    for row in jobs:
+        row |= {"validation_reads": validation.number_of_reads, "validation_chunks": len(validation)}
+    have = set(map(key, read_rows(args.name)))
+    left = [row for row in jobs if key(row) not in have]
+    print(f"{args.name}: {len(jobs)} jobs, {len(jobs) - len(left)} of them done", flush=True)
+    failed = []
+    while left:
+        waiting = []
+        for number, row in enumerate(left):
+            job = f"{row['arm']}, {row['fraction']:g} of the labels, lr {row['lr']:g}, seed {row['seed']}"
+            try:
+                if not do(row):
+                    waiting.append(row)
+                    continue
+            except InputError as error:
+                failed.append(job)
+                print(f"{job}: {error}", file=sys.stderr)
+                continue
+            result = f"{row['identity_mean']:.2f} % mean identity" if "identity_mean" in row else "made elsewhere"
+            rest = remaining(waiting + left[number + 1 :], read_rows(args.name))
+            print(f"{job}: {result}{rest}", flush=True)
+        if len(waiting) == len(left):
+            time.sleep(10)  # other processes have all that is left
+        left = waiting
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(1 if main(parse_args(Args)) else 0)

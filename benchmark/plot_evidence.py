@@ -1,0 +1,155 @@
+"""Draw what evidence.py found, and print a Markdown table of it: identity by label fraction, and what pretraining adds.
+
+python -m benchmark.plot_evidence real
+
+reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over seeds;
+differences to scratch are taken seed by seed.
+"""
+
+import math
+import statistics
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from benchmark.evidence import KEY, METHODS, ROOT, read_rows
+from benchmark.plot_runs import COLOURS
+from common import InputError
+
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 to 9 degrees of freedom
+NAMES = {
+    "scratch": "from scratch",
+    "scratch-long": "from scratch, longer",
+    "cpc": "CPC",
+    "simclr": "SimCLR",
+    "moco": "MoCo",
+    "simsiam": "SimSiam",
+    "byol": "BYOL",
+    "dino": "DINO",
+    "barlow": "Barlow Twins",
+}
+THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
+LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(METHODS[2:], [*COLOURS[:6], "#8C6D31"], strict=True)}
+LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s")}
+
+
+def interval(values):
+    """Mean of the values and half the width of its 95 % interval; nan for one value alone."""
+    if len(values) == 1:
+        return values[0], math.nan
+    # beyond the table the last entry, which is a little too wide
+    t = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def read_identities(name):
+    """{arm: {fraction: {seed: mean identity}}}, arms in their order. InputError if rows do not belong together."""
+    first, found = {}, {}
+    rows = [row for row in read_rows(name) if row["split"] == "validation"]
+    if not rows:
+        raise InputError(f"benchmark/results/{name}-*.csv: no results; run benchmark/evidence.py --name {name} first")
+    for row in rows:
+        arm, fraction, seed = row["arm"], float(row["fraction"]), int(row["seed"])
+        _compare(first.setdefault((arm, fraction, seed), row), row, KEY)
+        # one arm's lines and its scratch should differ in nothing but pretraining
+        _compare(first.setdefault(arm, row), row, ("size", "pretraining_steps"))
+        _compare(first.setdefault((arm, fraction), row), row, ("finetuning_steps",))
+        _compare(first.setdefault(fraction, row), row, ("size", "lr", "validation_reads", "validation_chunks"))
+        found.setdefault(arm, {}).setdefault(fraction, {})[seed] = float(row["identity_mean"])
+    return {arm: dict(sorted(found[arm].items())) for arm in METHODS if arm in found}
+
+
+def _compare(one, other, columns):
+    for column in columns:
+        if one[column] != other[column]:
+            raise InputError(
+                f"{other['name']}: results of {other['arm']}, {other['fraction']} of the labels, seed {other['seed']} "
+                f"do not compare: {column} {one[column]!r} and {other[column]!r}; remove the rows of one"
+            )
+
+
+def gains(identities):
+    """{arm: {fraction: differences to scratch of the seeds that both have}} of all arms but scratch."""
+    scratch, found = identities.get("scratch", {}), {}
+    for arm, fractions in identities.items():
+        for fraction, seeds in fractions.items():
+            both = sorted(seeds.keys() & scratch.get(fraction, {}).keys())
+            if both and arm != "scratch":
+                found.setdefault(arm, {})[fraction] = [seeds[seed] - scratch[fraction][seed] for seed in both]
+    return found
+
+
+def percent(fraction):
+    return f"{100 * fraction:g} %"
+
+
+def table(identities):
+    """A Markdown table: a row for each arm, and for each fraction identity and gain over scratch."""
+    fractions = sorted({fraction for found in identities.values() for fraction in found})
+    heads = [head for f in fractions for head in (f"{percent(f)} of labels", "gain", "seeds")]
+    yield f"| | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 1) + "|"
+    gained = gains(identities)
+    for arm, found in identities.items():
+        cells = []
+        for fraction in fractions:
+            values, more = list(found.get(fraction, {}).values()), gained.get(arm, {}).get(fraction)
+            cells += [_words(values, "") if values else "", _words(more, "+") if more else "", str(len(values))]
+        yield f"| {NAMES[arm]} | {' | '.join(cells)} |"
+
+
+def _words(values, sign):
+    mean, half = interval(values)
+    return f"{mean:{sign}.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def plot(identities, out):
+    """Draws identity against label fraction, and the gains over scratch, to the file `out`."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    gained = gains(identities)
+    lists = {arm: {f: list(seeds.values()) for f, seeds in found.items()} for arm, found in identities.items()}
+    for axis, arms in ((left, lists), (right, gained)):
+        for place, (arm, found) in enumerate(arms.items()):
+            colour, style, marker = LOOKS[arm]
+            apart = 1.035 ** (place - (len(arms) - 1) / 2)  # so that bars do not hide each other
+            means, halves = zip(*map(interval, found.values()), strict=True)
+            halves = [0 if math.isnan(half) else half for half in halves]
+            x = [fraction * apart for fraction in found]
+            label = NAMES[arm] if axis is left else None
+            axis.errorbar(x, means, halves, color=colour, linestyle=style, marker=marker, ms=4, capsize=2, label=label)
+            if axis is right and arm in THESIS and 1.0 in found:
+                axis.plot(apart * 1.18, THESIS[arm], "D", color=colour, fillstyle="none", label=f"thesis, {arm}")
+        fractions = sorted({fraction for found in arms.values() for fraction in found})
+        axis.set(xscale="log", xlabel="share of the labelled reads")
+        axis.xaxis.set_major_locator(FixedLocator(fractions))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticklabels(map(percent, fractions))
+        axis.grid(alpha=0.3)
+    left.set_ylabel("mean identity (%)")
+    right.set_ylabel("gain over scratch (points of identity)\nhollow: the thesis, all labels")
+    right.axhline(0, color="black", linewidth=0.8)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, handles=left.get_legend_handles_labels()[0])
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def main(words):
+    if len(words) != 1:
+        sys.exit(__doc__)
+    out = ROOT / "docs" / f"evidence_{words[0]}.png"
+    try:
+        identities = read_identities(words[0])
+        plot(identities, out)
+    except InputError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{out}: cannot be written ({error.strerror})")
+    print("\n".join(table(identities)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

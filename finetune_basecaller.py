@@ -96,7 +96,7 @@ class Args:
     max_steps: int | None = None
     """stop early, after this many steps"""
     seed: int = 0
-    """of weights, order of the chunks, jitter and dropout"""
+    """of weights, order of the chunks, jitter, dropout and the choice of reads that --label-fraction takes"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -268,7 +268,7 @@ def main(args):
         raise InputError("--tune: validates on the one read in six that --shared-data trains on; leave one of them out")
     stores = open_data(args.data)
     share = "finetuning" if args.shared_data else "pretraining" if args.tune else None
-    chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction)
+    chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction, args.seed)
     validation = Chunks(stores, args.chunk_len, "validation", True)
     if args.tune:
         validation = Chunks(stores, args.chunk_len, "training", True, "finetuning")

@@ -321,12 +321,13 @@ class NpyWriter:
         self.file.close()
 
 
-def hash_of(read_id):
-    """64 bits that depend on the read's id (bytes) alone: a read stays in its split when data is added.
+def hash_of(read_id, seed=0):
+    """64 bits that depend on the read's id (bytes) and the seed alone: a read stays in its split when data is added.
 
     What follows a colon, the place of a part in a split read, does not count: parts stay with the read and each other.
     """
-    return int.from_bytes(hashlib.blake2b(read_id.partition(b":")[0], digest_size=8).digest(), "little")
+    salt = seed.to_bytes(16, "little")
+    return int.from_bytes(hashlib.blake2b(read_id.partition(b":")[0], digest_size=8, salt=salt).digest(), "little")
 
 
 def in_validation(reads):
@@ -595,10 +596,11 @@ class Chunks:
 
     split: "training" (a chunk starts anywhere in its read, anew each epoch) or "validation" (reads are tiled).
     labelled: only labelled reads, with their bases. share: "pretraining" or "finetuning" takes that share of the reads
-    (five to one, by the hash of the id), None all. label_fraction: this share of the training reads, at least one.
+    (five to one, by the hash of the id), None all. label_fraction: this share of the training reads, at least one;
+    which, depends on label_seed.
     """
 
-    def __init__(self, stores, chunk_len, split, labelled=False, share=None, label_fraction=1.0):
+    def __init__(self, stores, chunk_len, split, labelled=False, share=None, label_fraction=1.0, label_seed=0):
         self.stores, self.chunk_len, self.split, self.labelled = stores, chunk_len, split, labelled
         self.reads = np.concatenate([store.reads for store in stores])
         self.store_of = np.repeat(np.arange(len(stores)), [len(store.reads) for store in stores])
@@ -619,7 +621,8 @@ class Chunks:
         self.too_short = int((keep & ~long_enough).sum())
         keep = np.flatnonzero(keep & long_enough)
         if label_fraction < 1:
-            keep = keep[np.argsort(low[keep])][: max(1, round(label_fraction * len(keep)))]
+            place = np.array([hash_of(read_id, label_seed) for read_id in self.reads["id"][keep]], np.uint64)
+            keep = keep[np.argsort(place)][: max(1, round(label_fraction * len(keep)))]
         self.number_of_reads = len(keep)
         tiles = self.reads["length"][keep] // chunk_len
         self.read_of = np.repeat(keep, tiles)  # (chunks,) index in self.reads

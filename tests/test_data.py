@@ -554,10 +554,10 @@ def test_shares_of_pretraining_and_fine_tuning(many):
     assert validation == ids(Chunks([many], 10, "validation")) and not validation & pretraining
 
 
-@pytest.mark.parametrize("share", [None, "finetuning"])
-def test_label_fractions_are_nested_sets_of_reads(many, share):
-    def at(fraction):
-        return Chunks([many], 10, "training", True, share, fraction)
+@pytest.mark.parametrize(("share", "seed"), [(None, 0), ("finetuning", 0), ("finetuning", 1)])
+def test_label_fractions_are_nested_sets_of_reads(many, share, seed):
+    def at(fraction, seed=seed):
+        return Chunks([many], 10, "training", True, share, fraction, seed)
 
     parts = [at(fraction) for fraction in (1e-9, 0.01, 0.1, 0.5, 1.0)]
     whole = parts[-1].number_of_reads
@@ -565,6 +565,8 @@ def test_label_fractions_are_nested_sets_of_reads(many, share):
     assert all(ids(small) < ids(large) for small, large in itertools.pairwise(parts))
     assert len(parts[2]) == 2 * parts[2].number_of_reads  # all chunks of those reads
     assert 0.4 < parts[3].read_of.mean() / 3000 < 0.6  # from anywhere in the data, not its beginning
+    in_both = len(ids(at(0.5, seed=7)) & ids(parts[3])) / parts[3].number_of_reads
+    assert 0.4 < in_both < 0.6  # half of another half
 
 
 # ---------------------------------------------------------------------------------------------------------------- CTC

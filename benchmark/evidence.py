@@ -37,6 +37,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,7 +96,7 @@ class Args:
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     """shares of the labelled reads to train on"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of weights, views and order, in pretraining and fine-tuning"""
+    """of weights, views, order and the choice of labelled reads, in pretraining and fine-tuning"""
     pretraining_epochs: int = 1
     """of each method"""
     finetuning_steps: int = 400
@@ -172,7 +173,7 @@ def pretrain_command(args, method, seed):
 
 
 def plan(args, pretraining_steps, batches):
-    """The rows to be made, without what is known only afterwards; `batches`: {fraction: chunks a fine-tuning step}."""
+    """The rows to be made, without what is known only afterwards; `batches`: {(fraction, seed): chunks a step}."""
     rates = {} if args.lr or args.tune else best_rates(args)
     default = args.lr or finetune_basecaller.RECIPES[args.size]["lr"]
     untuned = [fraction for fraction in args.fractions if fraction not in rates]
@@ -183,11 +184,11 @@ def plan(args, pretraining_steps, batches):
         for arm in ["scratch"] if args.tune else args.methods:
             for fraction in args.fractions:
                 for lr in RATES if args.tune else [rates.get(fraction, default)]:
-                    longer = arm == "scratch-long"
-                    steps = args.finetuning_steps + longer * as_many_steps(args, pretraining_steps, batches[fraction])
+                    longer, batch = arm == "scratch-long", batches[fraction, seed]
+                    steps = args.finetuning_steps + longer * as_many_steps(args, pretraining_steps, batch)
                     words = ["finetune_basecaller.py", "--data", *args.labelled_data, "--size", args.size]
                     words += ["--label-fraction", fraction, "--seed", seed, "--steps", steps, "--lr", lr]
-                    words += ["--batch-size", batches[fraction]]
+                    words += ["--batch-size", batch]
                     words += ["--tune"] if args.tune else []
                     row = {"name": args.name, "arm": arm, "fraction": fraction, "seed": seed, "size": args.size}
                     row |= {"split": "tune" if args.tune else "validation", "finetuning_steps": steps, "lr": lr}
@@ -342,10 +343,10 @@ def main(args):
     recipe, stores = finetune_basecaller.RECIPES[args.size], open_data(args.labelled_data)
     labelled = partial(Chunks, stores, recipe["chunk_len"], labelled=True)
     validation = labelled("training", share="finetuning") if args.tune else labelled("validation")
-    batches = {}  # a few reads may have less than a batch
-    for fraction in args.fractions:
-        chunks = labelled("training", share="pretraining" if args.tune else None, label_fraction=fraction)
-        batches[fraction] = min(recipe["batch_size"], len(chunks))
+    batches, share = {}, "pretraining" if args.tune else None
+    for fraction, seed in product(args.fractions, [0] if args.tune else args.seeds):  # each seed takes other reads
+        chunks = labelled("training", share=share, label_fraction=fraction, label_seed=seed)
+        batches[fraction, seed] = min(recipe["batch_size"], len(chunks))  # a few reads may have less than a batch
     steps_per_epoch = Chunks(open_data(args.pretraining_data), CHUNK, "training").steps_per_epoch(BATCH)
     jobs = plan(args, args.pretraining_epochs * steps_per_epoch, batches)
     for row in jobs:

@@ -15,7 +15,7 @@ from benchmark.evidence import COLUMNS, Args, as_many_steps, complete, key, main
 from benchmark.plot_evidence import interval, read_identities, table
 from common import InputError
 
-BATCHES = {0.1: 32, 1.0: 32}
+BATCHES = {(fraction, seed): 32 for fraction in (0.1, 1.0) for seed in (0, 1)}
 
 
 @pytest.fixture

@@ -113,7 +113,8 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        return x * (torch.rand_like(x) >= self.p).to(x.dtype).div_(1 - self.p)
+        kept = torch.rand_like(x, dtype=torch.float32) >= self.p  # bfloat16 numbers would be too coarse
+        return x * kept.to(x.dtype).div_(1 - self.p)
 
 
 class TransformerLayer(nn.Module):
@@ -185,13 +186,14 @@ class PoreModel(nn.Module):
             frames, _ = self.encoder(signal)
             frame_lengths = torch.full((len(signal),), frames.shape[1], device=signal.device)
             return self.contextualise(frames), frame_lengths
-        longest = int(lengths.max())  # no work on columns that are padding in every row
+        # no work on frames that are padding in every row; whole frames, so that compiled graphs are few
+        longest = HOP * frames_of(int(lengths.max()))
         frames, frame_lengths = self.encoder(signal[:, :longest], lengths)
         return self.contextualise(frames, frame_lengths), frame_lengths
 
     def contextualise(self, frames, lengths=None):
         """The transformer on the encoder's frames (N, T, C), lengths (N,) or None -> context (N, T, C)."""
-        if lengths is None or frames.device.type != "cpu":
+        if lengths is None or frames.device.type != "cpu" or torch.compiler.is_compiling():
             return self.transform(frames, lengths)
         # Rows of like length go together, so that little is padding and what a layer makes stays in the cache; a GPU,
         # where each kernel launched costs time, gets all rows at once.

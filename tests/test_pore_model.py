@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from common.pore_model import (
     SIZES,
@@ -277,15 +278,29 @@ def test_the_transformer_layer_without_positions_equals_torchs_own(masked):
 def test_dropout_is_torchs(dtype):
     """As many zeros, the rest scaled to the same mean; the gradient has the same mask; nothing in evaluation."""
     torch.manual_seed(0)
-    dropout, x = Dropout(0.25), torch.rand(1000, 400).add(0.5).to(dtype).requires_grad_()
+    dropout, x = Dropout(0.1), torch.rand(1000, 400).add(0.5).to(dtype).requires_grad_()
     y = dropout(x)
     kept = y != 0
-    assert kept.float().mean() == pytest.approx(0.75, abs=0.005)  # sd 0.0007; bfloat16 numbers are 1/256 apart
-    torch.testing.assert_close(y[kept], (x / 0.75)[kept])
+    assert kept.float().mean() == pytest.approx(0.9, abs=0.001)  # sd 0.0005
+    torch.testing.assert_close(y[kept], (x / 0.9)[kept])
     y.sum().backward()
-    torch.testing.assert_close(x.grad, kept / torch.tensor(0.75, dtype=dtype))
+    torch.testing.assert_close(x.grad, kept / torch.tensor(0.9, dtype=dtype))
     assert abs(torch.corrcoef(torch.stack([kept[:-1].flatten(), kept[1:].flatten()]).float())[0, 1]) < 0.01
     assert dropout.eval()(x) is x
+
+
+def test_compiled_graphs_are_few():
+    """Views of any length share them: torch falls back to plain Python after eight graphs of the same code."""
+    counter = CompileCounter()
+    torch.compiler.reset()
+    model = PoreModel(64, 1, 64)
+    model.compile(backend=counter)
+    counts = []
+    for longest in range(200, 390, 13):  # of all remainders by 8
+        model(torch.randn(3, 400), torch.tensor([longest, 90, 101]))
+        counts.append(counter.frame_count)
+    torch.compiler.reset()
+    assert 1 <= counts[0] <= counts[2] == counts[-1] <= 6
 
 
 def test_dropout_acts_in_training_only():

@@ -207,7 +207,8 @@ def validate(model, chunks, batch_size, device, precision):
             losses += per_base[counts].tolist()
             infeasible += beyond.tolist()
             aligned.append(pool.submit(identities_of, log_probs.cpu(), targets, target_lengths))
-            aligned[max(0, len(aligned) - 32)].result()  # no more than 32 batches wait
+            if len(aligned) > 32:  # no more wait
+                aligned[-33].result()
     model.train()
     identities = [percent for batch in aligned for percent in batch.result()]
     losses, infeasible, identities = map(all_gather_lists, (losses, infeasible, identities))

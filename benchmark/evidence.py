@@ -22,6 +22,7 @@ each label fraction for all arms: the baseline is tuned, and the methods have to
 
 import contextlib
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -126,7 +127,7 @@ def append_row(row):
     """Adds a row to this machine's file, whole or not at all."""
     path = RESULTS / f"{row['name']}-{platform.node()}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
+    with open(path, "ab", buffering=0) as file:  # what a buffer keeps after an error would come later
         fcntl.lockf(file, fcntl.LOCK_EX)
         before, text = os.fstat(file.fileno()).st_size, io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -134,8 +135,9 @@ def append_row(row):
             writer.writeheader()
         writer.writerow(row)
         try:
-            file.write(text.getvalue())
-            file.flush()
+            text = text.getvalue().encode()
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, f"{path}: the disk is full")
             os.fsync(file.fileno())
         except OSError:
             os.truncate(path, before)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import basecall
 import finetune_basecaller
+from common import InputError
 from common.data import Chunks, prepare
 from common.run import load_tensors, parse_args, pick_device
 
@@ -82,7 +83,8 @@ def measure_fine_tuning(store, args, folder):
         return metrics
 
     settings = finetune_basecaller.Args(data=(store.path,), size="tiny", epochs=args.epochs, run_dir=folder / "run")
-    with patch.object(finetune_basecaller, "validate", timed):
+    each_epoch = patch.object(finetune_basecaller, "VALIDATE_EVERY", 1)  # short as it may be
+    with each_epoch, patch.object(finetune_basecaller, "validate", timed):
         finetune_basecaller.main(settings)
     trained = statistics.median(since - before for (_, before), (since, _) in itertools.pairwise(spans))
     validation = statistics.median(end - since for since, end in spans)
@@ -124,6 +126,8 @@ def measure_basecalling(weights, args, folder):
 
 
 def main(args):
+    if args.epochs < 2:
+        raise InputError(f"--epochs {args.epochs}: what lies between two validations is timed; give at least 2")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         raw, labelled = measure_preparing(args, Path(folder))
         measure_batches("batches", raw, args, labelled=False)

@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmark.memory import make_store
+from common import InputError
 from common.augment import Views
 from common.data import Batch, Chunks
 from common.pore_model import ENCODERS, HEAD_WIDTH, SIZES, PoreModel, frames_of
@@ -207,13 +208,13 @@ def peak_memory(device, reset=False):
 
 def measure(method, args, steps, padding=True):
     """The row of a method with these arguments of its script; one with out_of_memory if a GPU's is too small."""
-    gc.collect()  # models of the row before
+    torch.compiler.reset()
+    gc.collect()  # models and graphs of the row before
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
     script, device = importlib.import_module(method), pick_device(args.device)
     plain, average = (PlainPoreModel(**SIZES[args.size], dropout=dropout).to(device) for dropout in (0.1, 0.0))
     if args.compile:
-        torch.compiler.reset()
         for model in (plain, average):
             (model.encoder if method == "cpc" else model).compile()  # as the scripts do
     padding = padding and method != "cpc" and not args.compile
@@ -276,9 +277,11 @@ def measure(method, args, steps, padding=True):
             script.main(args)
     except Done:
         timed = sorted(taken[BEFORE:], key=lambda row: row["step"])
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # close to the limit, libraries report it in words of their own
+        if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED", "unable to find an engine")):
+            raise
         return row | {"out_of_memory": True}
-    row |= timed[(steps - 1) // 2] | {"bound": statistics.median(step["bound"] for step in timed)}
+    row |= timed[(steps - 1) // 2]
     row["chunks_per_second"] = args.batch_size / row["step"]
     for name in ("bound", "padded")[: 1 + padding]:
         row[name] = statistics.median(step[name] for step in timed)
@@ -318,6 +321,8 @@ def draw(axes, path):
 
 def main(args):
     device = pick_device(args.device)
+    if device.type == "mps":
+        raise InputError("--device auto: mps cannot be timed; give --device cpu")
     gpu = device.type == "cuda"
     ceiling, precision = matmul_flops(device, args.precision, 8192 if gpu else 2048)
     sizes = args.sizes or (("thesis",) if gpu else ("tiny", "small"))

@@ -44,6 +44,15 @@ def test_the_scripts_are_as_before_afterwards(capsys):
     assert [dict(vars(owner)) for owner in (script, script.Run, script.Queue, torch.Tensor, PoreModel)] == before
 
 
+def test_a_row_says_that_memory_ended(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more")
+
+    monkeypatch.setattr(speed.importlib.import_module("simclr"), "simclr_loss", full)
+    (row,) = rows_of(capsys, methods=("simclr",), chunk_len=400)
+    assert row["out_of_memory"] is True and "step" not in row
+
+
 def test_scale_makes_a_row_for_each_setting_and_a_picture(capsys, tmp_path, monkeypatch):
     asked = []
 

@@ -73,7 +73,7 @@ RECIPES = {
     "barlow": SHORT,
 }
 METHODS = ("scratch", "scratch-long", *RECIPES)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 KEY = ("pretrain_command", "finetune_command")  # what determines a result: as run, but for folders
 COLUMNS = (
     "name", "arm", "fraction", "seed", "size", "split", "validation_reads", "validation_chunks", "loss",

@@ -3,7 +3,8 @@
 python -m benchmark.plot_evidence real
 
 reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over seeds;
-differences to scratch are taken seed by seed.
+differences to scratch are taken seed by seed. In the picture each seed is a dot, lines go through the means, and
+intervals are of three seeds or more: of two they would be wider than the picture.
 """
 
 import math
@@ -117,15 +118,26 @@ def plot(identities, out):
         for place, (arm, found) in enumerate(arms.items()):
             colour, style, marker = LOOKS[arm]
             apart = 1.035 ** (place - (len(arms) - 1) / 2)  # so that bars do not hide each other
-            means, halves = zip(*map(interval, found.values()), strict=True)
-            halves = [0 if math.isnan(half) else half for half in halves]
             x = [fraction * apart for fraction in found]
+            means, halves = zip(*map(interval, found.values()), strict=True)
+            halves = [half if len(values) > 2 else 0 for half, values in zip(halves, found.values(), strict=True)]
             label = NAMES[arm] if axis is left else None
-            axis.errorbar(x, means, halves, color=colour, linestyle=style, marker=marker, ms=4, capsize=2, label=label)
+            axis.errorbar(x, means, halves, color=colour, linestyle=style, lw=1, capsize=2, label=label)
+            for place, values in zip(x, found.values(), strict=True):
+                axis.plot([place] * len(values), values, marker, color=colour, ms=3.5)
             if axis is right and arm in THESIS and 1.0 in found:
-                axis.plot(apart * 1.18, THESIS[arm], "D", color=colour, fillstyle="none", label=f"thesis, {arm}")
+                axis.plot(apart * 1.25, THESIS[arm], "D", color=colour, fillstyle="none")
         fractions = sorted({fraction for found in arms.values() for fraction in found})
+        values = [value for found in arms.values() for seeds in found.values() for value in seeds]
+        low, high = min(values, default=0), max(values, default=0)
         axis.set(xscale="log", xlabel="share of the labelled reads")
+        if axis is right:
+            axis.set_yscale("symlog", linthresh=1)  # failed runs lie far below, the differences of interest about 0
+            axis.set_yticks([-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20], minor=False)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.set_ylim(1.5 * min(low, -1), 1.5 * max(high, 1))
+        else:
+            axis.set_ylim(max(low - 3, 0), min(high + 3, 100))
         axis.xaxis.set_major_locator(FixedLocator(fractions))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticklabels(map(percent, fractions))

@@ -2,9 +2,9 @@
 
 python -m benchmark.plot_evidence real
 
-reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over seeds;
-differences to scratch are taken seed by seed. In the picture each seed is a dot, lines go through the means, and
-intervals are of three seeds or more: of two they would be wider than the picture.
+reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over seeds,
+of three or more, since two seeds' would be wider than the picture. Differences to scratch are taken seed by seed. In
+the picture each seed is a dot, and lines go through the means.
 """
 
 import math
@@ -106,7 +106,7 @@ def table(identities):
 
 def _words(values, sign):
     mean, half = interval(values)
-    return f"{mean:{sign}.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 2 else "")
 
 
 def plot(identities, out):

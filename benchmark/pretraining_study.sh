@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What was tried to make pretraining pay, behind docs/results.md: pretraining of the tiny size in several ways, then
+# 400 steps of fine-tuning with a tenth of the labels, validated on training reads set apart (--tune). $1 is the folder
+# that holds the reads, ../shared/data if not given. About 70 minutes of one core.
+set -eu
+cd "$(dirname "$0")/.."
+data=${1:-../shared/data}
+run=runs/pretraining_study__$(date +%Y%m%d-%H%M%S)
+python=.venv/bin/python
+export OMP_NUM_THREADS=1
+
+pretrain() {  # name script arguments...
+    $python "$2.py" --data "$data/unlabelled_r94.pod5" "$data/na12878_r941.pod5" --size tiny --lr 1e-3 \
+        --warmup-steps 25 --cosine --run-dir "$run/pretrained/$1" "${@:3}"
+}
+finetune() {  # name, name of the pretraining or nothing, arguments...
+    $python finetune_basecaller.py --data "$data/ecoli_r94_mapped.hdf5" --size tiny --label-fraction 0.1 --steps 400 \
+        --tune --lr 8e-3 --run-dir "$run/finetuned/$1" ${2:+--weights "$run/pretrained/$2/pore_model.pt"} "${@:3}"
+}
+
+pretrain moco moco --chunk-len 1200 --batch-size 64 --epochs 1 --queue 2048 --momentum 0.99
+pretrain cpc_long cpc --chunk-len 1200 --batch-size 64 --epochs 5
+pretrain simclr_100 simclr --chunk-len 100 --batch-size 768 --epochs 1
+pretrain simclr_200 simclr --chunk-len 200 --batch-size 384 --epochs 1
+pretrain simclr_200_long simclr --chunk-len 200 --batch-size 384 --epochs 4
+pretrain simclr_200_drop simclr --chunk-len 200 --batch-size 384 --epochs 1 --drop-chance 0 0.2
+pretrain barlow_200_drop barlow --chunk-len 200 --batch-size 384 --epochs 1 --drop-chance 0 0.2
+
+finetune scratch ""
+for name in cpc_long simclr_100 simclr_200 simclr_200_long simclr_200_drop barlow_200_drop; do
+    finetune $name $name
+done
+for name in moco cpc_long simclr_200_drop; do
+    finetune ${name}_slower $name --pore-model-lr 2e-3
+done
+$python -m benchmark.plot_runs "$run/study.png" "$run"/finetuned/*/

@@ -5,9 +5,10 @@
     python benchmark/evidence.py --pretraining-data reads.pod5 --labelled-data labelled.hdf5
 
 Each result is a row of benchmark/results/NAME-HOST.csv as soon as it is there, and no row of any NAME-*.csv is made
-again: stop this at any time, start it again, on several machines or twice on one. Jobs are ordered by seed, so that
-what is there is whole seeds. The scripts run as anyone would run them; the rows have their commands and commits. A
-result is that of the last weights, not of those that did best on the validation reads.
+again: stop this at any time, start it again, or twice on one machine. Several machines need a folder in common, or
+different --seeds; paths, as typed, are part of what makes a row the same. Jobs are ordered by seed, so that what is
+there is whole seeds. The scripts run as anyone would run them; the rows have their commands and commits. A result is
+that of the last weights, not of those that did best on the validation reads.
 
 scratch-long spends on labels what the others spend on pretraining. With B chunks of L samples a step,
 
@@ -320,7 +321,8 @@ def remaining(jobs, rows):
     pretrained = [row for row in rows if row["pretrain_command"]]
     if pretrained:
         each = sum(float(row["pretraining_seconds"]) for row in pretrained) / len(pretrained)
-        seconds += each * len({job["pretrain_command"] for job in jobs} - {row["pretrain_command"] for row in rows})
+        done = {"", *(row["pretrain_command"] for row in rows)}  # "" is that of training from scratch
+        seconds += each * len({job["pretrain_command"] for job in jobs} - done)
     return f"; about {seconds / 3600:.1f} hours more"
 
 

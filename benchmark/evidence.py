@@ -62,7 +62,7 @@ RUNS, RESULTS = Path("runs/evidence"), ROOT / "benchmark" / "results"
 CHUNK, BATCH = 1200, 64  # of all pretraining, so that each method sees as many samples
 PASSES = 8 / 3
 # What differs from the scripts' defaults, which are for fifty epochs: in a few hundred steps the thesis's rates of 1e-5
-# and 3e-5 move nothing, a queue of 8192 is never full of keys, and an average over 1000 steps stays where it began.
+# and 3e-5 move little, a queue of 8192 is never full of keys, and an average over 1000 steps stays where it began.
 SHORT = {"lr": 1e-3, "warmup-steps": 25}
 RECIPES = {
     "cpc": SHORT,

@@ -2,9 +2,9 @@
 
 python -m benchmark.plot_evidence real
 
-reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over seeds,
-of three or more, since two seeds' would be wider than the picture. Differences to scratch are taken seed by seed. In
-the picture each seed is a dot, and lines go through the means.
+reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over
+three seeds or more; differences to scratch are taken seed by seed. In the picture each seed is a dot, lines go through
+the means, and intervals that are wider than the dots lie apart are cut off.
 """
 
 import math
@@ -21,7 +21,7 @@ from benchmark.evidence import KEY, METHODS, ROOT, read_rows
 from benchmark.plot_runs import COLOURS
 from common import InputError
 
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 to 9 degrees of freedom
+STUDENT_T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 2 to 9 degrees of freedom
 NAMES = {
     "scratch": "from scratch",
     "scratch-long": "from scratch, longer",
@@ -39,11 +39,11 @@ LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", 
 
 
 def interval(values):
-    """Mean of the values and half the width of its 95 % interval; nan for one value alone."""
-    if len(values) == 1:
-        return values[0], math.nan
+    """Mean of the values and half the width of its 95 % interval; nan for fewer than three."""
+    if len(values) < 3:
+        return statistics.mean(values), math.nan
     # beyond the table the last entry, which is a little too wide
-    t = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1]
+    t = STUDENT_T[min(len(values) - 2, len(STUDENT_T)) - 1]
     return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -106,7 +106,7 @@ def table(identities):
 
 def _words(values, sign):
     mean, half = interval(values)
-    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 2 else "")
+    return f"{mean:{sign}.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
 
 
 def plot(identities, out):
@@ -120,11 +120,11 @@ def plot(identities, out):
             apart = 1.035 ** (place - (len(arms) - 1) / 2)  # so that bars do not hide each other
             x = [fraction * apart for fraction in found]
             means, halves = zip(*map(interval, found.values()), strict=True)
-            halves = [half if len(values) > 2 else 0 for half, values in zip(halves, found.values(), strict=True)]
+            halves = [0 if math.isnan(half) else half for half in halves]
             label = NAMES[arm] if axis is left else None
             axis.errorbar(x, means, halves, color=colour, linestyle=style, lw=1, capsize=2, label=label)
-            for place, values in zip(x, found.values(), strict=True):
-                axis.plot([place] * len(values), values, marker, color=colour, ms=3.5)
+            for at, values in zip(x, found.values(), strict=True):
+                axis.plot([at] * len(values), values, marker, color=colour, ms=3.5)
             if axis is right and arm in THESIS and 1.0 in found:
                 axis.plot(apart * 1.25, THESIS[arm], "D", color=colour, fillstyle="none")
         fractions = sorted({fraction for found in arms.values() for fraction in found})
@@ -133,7 +133,7 @@ def plot(identities, out):
         axis.set(xscale="log", xlabel="share of the labelled reads")
         if axis is right:
             axis.set_yscale("symlog", linthresh=1)  # failed runs lie far below, the differences of interest about 0
-            axis.set_yticks([-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20], minor=False)
+            axis.set_yticks([-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20])
             axis.yaxis.set_major_formatter("{x:g}")
             axis.set_ylim(1.5 * min(low, -1), 1.5 * max(high, 1))
         else:

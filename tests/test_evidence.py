@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -189,7 +190,9 @@ def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, 
 def test_the_interval_is_students():
     mean, half = interval([1.0, 2.0, 3.0])  # sd 1, t of two degrees of freedom 4.303: 4.303 / sqrt(3)
     assert mean == 2 and half == pytest.approx(2.4843, abs=1e-4)
-    assert interval([5.0])[0] == 5 and interval([5.0])[1] != interval([5.0])[1]  # nan
+    for few in ([5.0], [4.0, 6.0]):
+        mean, half = interval(few)
+        assert mean == 5 and math.isnan(half)
 
 
 def test_table_and_picture_pair_the_seeds(place, monkeypatch):

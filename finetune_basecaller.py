@@ -57,7 +57,7 @@ class Args:
     data: tuple[Path, ...] = ()
     """labelled reads: mapped-signal HDF5, Bonito folders, read stores, or folders of them; simulated reads if none"""
     weights: Path | None = None
-    """a pretrained pore_model.pt to start from; without it the basecaller is trained from scratch"""
+    """a pretrained pore_model.pt, or another basecaller.pt, to start from; from scratch if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model, that of the weights; tiny trains on two cores"""
     encoder: Literal["wide", "thin"] = "wide"
@@ -237,19 +237,23 @@ def draw_calls(model, chunks, device, precision):
     return draw_read(signal[0], 0, rows)
 
 
-def load_weights(pore_model, path):
-    """Puts the pretrained weights at `path` into pore_model; InputError if they are none, or of another shape."""
+def load_weights(model, path):
+    """Puts the weights at `path`, of a pore model or a basecaller, into `model`, a Basecaller.
+
+    InputError if they are neither, or of another shape.
+    """
     state = load_tensors(path)
+    whole = "head.weight" in state
     try:
-        pretrained = PoreModel.from_state_dict(state)
+        found = Basecaller.from_state_dict(state).pore_model if whole else PoreModel.from_state_dict(state)
     except ValueError as error:
         raise InputError(f"--weights {path}: {error}") from error
     try:
-        pore_model.load_state_dict(state)
+        (model if whole else model.pore_model).load_state_dict(state)
     except RuntimeError as error:
         found, wanted = (
             f"{len(m.layers)} layers of {m.channels} channels and the {m.encoder.kind} encoder"
-            for m in (pretrained, pore_model)
+            for m in (found, model.pore_model)
         )
         raise InputError(
             f"--weights {path}: a pore model with {found}; --size and --encoder ask for {wanted}"
@@ -264,7 +268,7 @@ def main(args):
     device = pick_device(args.device)
     model = Basecaller(PoreModel.of_size(args.size, args.dropout, args.encoder)).to(device)
     if args.weights and not args.resume:
-        load_weights(model.pore_model, args.weights)
+        load_weights(model, args.weights)
     if args.tune and args.shared_data:
         raise InputError("--tune: validates on the one read in six that --shared-data trains on; leave one of them out")
     stores = open_data(args.data)

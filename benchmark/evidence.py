@@ -17,8 +17,13 @@ scratch-long spends on labels what the others spend on pretraining. With B chunk
 where passes, forward and backward through the pore model, are 8/3 a chunk: those of BYOL and DINO, two views with
 gradient and two without, which count a third. The other methods have fewer.
 
+simulated is no self-supervised method but a yardstick: a basecaller trained on simulated reads and their labels, for as
+many steps as scratch-long has more than scratch, and then fine-tuned, pore model and head, the pore model at a quarter
+of the rate.
+
 --tune searches the learning rate of training from scratch on a part of the training reads. The grid takes the best of
-each label fraction for all arms: the baseline is tuned, and the methods have to do with what suits it.
+each label fraction, in the mean over seeds, for all arms: the baseline is tuned, and the methods have to do with what
+suits it.
 """
 
 import contextlib
@@ -33,6 +38,7 @@ import platform
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -73,7 +79,8 @@ RECIPES = {
     "dino": SHORT | {"momentum": 0.99, "student-temperature": 0.5, "teacher-temperature": 0.3},
     "barlow": SHORT,
 }
-METHODS = ("scratch", "scratch-long", *RECIPES)
+WEIGHTS = {"simulated": "basecaller_last.pt"} | dict.fromkeys(RECIPES, "pore_model.pt")  # what pretraining ends with
+METHODS = ("scratch", "scratch-long", *WEIGHTS)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 KEY = ("pretrain_command", "finetune_command")  # what determines a result: as run, but for folders
 COLUMNS = (
@@ -106,7 +113,7 @@ class Args:
     lr: float | None = None
     """highest learning rate of fine-tuning; the best of --tune, or else the script's, if not given"""
     tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """rather than the grid, find the learning rate for scratch at each of the fractions, with seed 0"""
+    """rather than the grid, find the learning rate for scratch at each of the fractions"""
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -150,13 +157,19 @@ def key(row):
 
 
 def best_rates(args):
-    """{fraction: the learning rate with the highest identity among --tune's rows of this size and steps}."""
-    best = {}
+    """{fraction: the learning rate with the highest mean identity among --tune's rows of this size and steps}.
+
+    Only of rates that as many seeds have tried as any other of the fraction.
+    """
+    found = {}
     for row in read_rows(args.name):
         if (row["split"], row["size"], row["finetuning_steps"]) == ("tune", args.size, str(args.finetuning_steps)):
-            found = float(row["identity_mean"]), float(row["lr"])
-            best[float(row["fraction"])] = max(found, best.get(float(row["fraction"]), found))
-    return {fraction: lr for fraction, (_, lr) in best.items()}
+            seeds = found.setdefault(float(row["fraction"]), {}).setdefault(float(row["lr"]), {})
+            seeds[row["seed"]] = float(row["identity_mean"])
+    return {
+        fraction: max(rates, key=lambda lr: (len(rates[lr]), statistics.mean(rates[lr].values()), lr))
+        for fraction, rates in found.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -168,11 +181,18 @@ def as_many_steps(args, pretraining_steps, batch):
     return math.ceil(pretraining_steps * per_step)
 
 
-def pretrain_command(args, method, seed):
-    words = [f"{method}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
-    words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
-    words += [word for name, value in RECIPES[method].items() for word in (f"--{name}", value)]
-    return shlex.join(map(str, [*words, "--cosine"]))
+def pretraining(args, arm, seed, steps, lr):
+    """The command that pretrains an arm and its steps; those of a method are given, and the rate of labels."""
+    if arm == "simulated":
+        words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
+        steps = as_many_steps(args, steps, finetune_basecaller.RECIPES[args.size]["batch_size"])
+        words += ["--seed", seed, "--steps", steps, "--lr", lr]
+    else:
+        words = [f"{arm}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
+        words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
+        words += [word for name, value in RECIPES[arm].items() for word in (f"--{name}", value)]
+        words += ["--cosine"]
+    return shlex.join(map(str, words)), steps
 
 
 def plan(args, pretraining_steps, batches):
@@ -183,7 +203,7 @@ def plan(args, pretraining_steps, batches):
     if untuned and not (args.lr or args.tune):
         print(f"no rows of --tune for {', '.join(map(str, untuned))} of the labels: --lr {default} there")
     jobs = []
-    for seed in [0] if args.tune else args.seeds:
+    for seed in args.seeds:
         for arm in ["scratch"] if args.tune else args.methods:
             for fraction in args.fractions:
                 for lr in RATES if args.tune else [rates.get(fraction, default)]:
@@ -197,10 +217,12 @@ def plan(args, pretraining_steps, batches):
                     row |= {"split": "tune" if args.tune else "validation", "finetuning_steps": steps, "lr": lr}
                     row |= {"pretraining_steps": 0, "pretrain_command": "", "pretraining_seconds": 0}
                     row |= dict.fromkeys(("feature_spread", "effective_rank", "pretraining_commit"), "")
-                    if arm in RECIPES:
-                        words += ["--weights", "pore_model.pt"]
-                        row["pretrain_command"] = pretrain_command(args, arm, seed)
-                        row["pretraining_steps"] = pretraining_steps
+                    if arm in WEIGHTS:
+                        words += ["--weights", WEIGHTS[arm]]
+                        words += ["--pore-model-lr", lr / 4] if arm == "simulated" else []
+                        row["pretrain_command"], row["pretraining_steps"] = pretraining(
+                            args, arm, seed, pretraining_steps, rates.get(1.0, default)
+                        )
                     jobs.append(row | {"finetune_command": shlex.join(map(str, words))})
     return jobs
 
@@ -297,7 +319,7 @@ def do(row):
                 if not mine:
                     return False
                 row["pretraining_commit"], row["pretraining_seconds"] = complete(
-                    pretrained, row["pretrain_command"], "pore_model.pt"
+                    pretrained, row["pretrain_command"], WEIGHTS[row["arm"]]
                 )
             for line in read_metrics(pretrained):
                 row |= {name: line[name] for name in ("feature_spread", "effective_rank") if name in line}
@@ -329,12 +351,12 @@ def remaining(jobs, rows):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def simulated_data():
-    """A file of 1000 reads to pretrain on and one of 300 to fine-tune on, which share nothing; made once."""
-    files = [(RUNS / "simulated" / "pretraining.hdf5", 1000, 1), (RUNS / "simulated" / "labelled.hdf5", 300, 2)]
-    for path, reads, seed in files:
-        make_once(path, lambda: write_simulated(path, reads, seed=seed))
-    return [(path,) for path, _, _ in files]
+def simulated_reads(kind):
+    """A file of 1000 reads, for "pretraining", or one of 300 others, "labelled"; made once."""
+    reads, seed = {"pretraining": (1000, 1), "labelled": (300, 2)}[kind]
+    path = RUNS / "simulated" / f"{kind}.hdf5"
+    make_once(path, lambda: write_simulated(path, reads, seed=seed))
+    return path
 
 
 def main(args):
@@ -342,13 +364,14 @@ def main(args):
     if bool(args.pretraining_data) != bool(args.labelled_data):
         raise InputError("give both --pretraining-data and --labelled-data, or neither for simulated reads")
     if not args.labelled_data:
-        args.name, (args.pretraining_data, args.labelled_data) = "simulated", simulated_data()
+        args.name = "simulated"
+        args.pretraining_data, args.labelled_data = ((simulated_reads(k),) for k in ("pretraining", "labelled"))
     # here rather than in each script, so that what is wrong with the data is said before hours have passed
     recipe, stores = finetune_basecaller.RECIPES[args.size], open_data(args.labelled_data)
     labelled = partial(Chunks, stores, recipe["chunk_len"], labelled=True)
     validation = labelled("training", share="finetuning") if args.tune else labelled("validation")
     batches, share = {}, "pretraining" if args.tune else None
-    for fraction, seed in product(args.fractions, [0] if args.tune else args.seeds):  # each seed takes other reads
+    for fraction, seed in product(args.fractions, args.seeds):  # each seed takes other reads
         chunks = labelled("training", share=share, label_fraction=fraction, label_seed=seed)
         batches[fraction, seed] = min(recipe["batch_size"], len(chunks))  # a few reads may have less than a batch
     steps_per_epoch = Chunks(open_data(args.pretraining_data), CHUNK, "training").steps_per_epoch(BATCH)

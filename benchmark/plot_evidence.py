@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmark.evidence import KEY, METHODS, ROOT, read_rows
+from benchmark.evidence import KEY, METHODS, RECIPES, ROOT, read_rows
 from benchmark.plot_runs import COLOURS
 from common import InputError
 
@@ -25,6 +25,7 @@ STUDENT_T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 
 NAMES = {
     "scratch": "from scratch",
     "scratch-long": "from scratch, longer",
+    "simulated": "simulated reads, labelled",
     "cpc": "CPC",
     "simclr": "SimCLR",
     "moco": "MoCo",
@@ -34,8 +35,8 @@ NAMES = {
     "barlow": "Barlow Twins",
 }
 THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
-LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(METHODS[2:], [*COLOURS[:6], "#8C6D31"], strict=True)}
-LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s")}
+LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(RECIPES, [*COLOURS[:6], "#8C6D31"], strict=True)}
+LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s"), "simulated": ("grey", ":", "s")}
 
 
 def interval(values):

@@ -52,7 +52,7 @@ class Args:
     drop_chance: tuple[float, float] = (0.25, 0.38)
     """each view drops samples with a chance drawn between these two"""
     extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
-    """further augmentations, before noise and drop-point; none of them helped in the thesis"""
+    """further augmentations, before noise and drop-point; docs/augmentations.md has pictures of them"""
     epochs: int = 50
     """passes over the training reads"""
     max_steps: int | None = None

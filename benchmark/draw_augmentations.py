@@ -30,6 +30,9 @@ TITLES = {  # of the chunk and of the augmented; {} is the number of samples lef
     "random-crop": ("the chunk; shaded: the part that is kept", "random-crop: stretched to the chunk's length"),
     "flip-time": ("the chunk; shaded: its first quarter", "flip-time: end to end"),
     "flip-current": ("the chunk", "flip-current: the sign changed"),
+    "gain-offset": ("the chunk", "gain-offset: scaled and moved; thin: the chunk"),
+    "time-warp": ("the chunk, its eighths numbered", "time-warp: each 32 samples at a speed of their own"),
+    "mask-spans": ("the chunk", "mask-spans: spans of 40 samples set to 0"),
 }
 BEFORE, AFTER, MARK, GREY = "#444444", "#0072B2", "#D55E00", "#666666"
 EIGHTHS = plt.get_cmap("viridis")(np.linspace(0, 0.75, 8))
@@ -77,10 +80,10 @@ def draw(name):
     if name == "drop-point":
         dropped = np.setdiff1d(np.arange(n), source.int())
         axes[0].plot(dropped, chunk[dropped], "o", color=MARK, markersize=3)
-    if name == "shuffle":
-        for eighth in np.split(np.arange(n), 8):
-            for axis, current, first in zip(axes, currents, (eighth[0], int(source[eighth[0]])), strict=True):
-                number = first * 8 // n
+    if "numbered" in TITLES[name][0]:
+        for number in range(8):
+            for axis, current, places in zip(axes, currents, (np.arange(n), source), strict=True):
+                eighth = np.flatnonzero(places * 8 // n == number)
                 axis.plot(eighth, current[eighth], color=EIGHTHS[number])
                 axis.text(eighth.mean(), 2.45, number + 1, ha="center", color=EIGHTHS[number])
     return figure

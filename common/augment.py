@@ -1,7 +1,8 @@
 """Views of a chunk. Each function takes signal (N, L) and lengths (N,) of valid samples, and returns both anew.
 
-All randomness comes from torch's global generator. A view is noise, then drop-point (thesis section 5.2); the other
-five did not help there and are kept so that anyone can try them: `view(..., extra=("shuffle",))`.
+All randomness comes from torch's global generator. A view is noise, then drop-point (thesis section 5.2). Of the others
+the thesis tried five, which did not help there; gain-offset, time-warp and mask-spans imitate more of what differs from
+read to read. Anyone can try them: `view(..., extra=("shuffle",))`.
 """
 
 from typing import NamedTuple
@@ -87,12 +88,46 @@ def flip_current(signal, lengths):
     return (signal * sign).where(valid_positions(lengths, signal.shape[1]), 0), lengths
 
 
+def gain_offset(signal, lengths, gain=0.2, offset=0.2):
+    """Scales each row by exp(gain * N(0, 1)) and moves it by offset * N(0, 1), as calibration and normalisation err."""
+    draw = torch.randn(2, len(signal), 1, device=signal.device, dtype=signal.dtype)
+    changed = signal * (gain * draw[0]).exp() + offset * draw[1]
+    return changed.where(valid_positions(lengths, signal.shape[1]), 0), lengths
+
+
+def time_warp(signal, lengths, strength=0.7, stretch=32):
+    """Runs through each row at a speed that changes every `stretch` samples, from first to last sample in all.
+
+    Speeds are exp(strength * N(0, 1)), relative to their mean. Samples are repeated or skipped, not interpolated.
+    """
+    rows, width = signal.shape
+    speed = (strength * torch.randn(rows, -(-width // stretch), device=signal.device)).exp()
+    place = speed.repeat_interleave(stretch, 1)[:, :width].cumsum(1)
+    place = place - place[:, :1]
+    last = lengths[:, None] - 1
+    end = place.gather(1, last).clamp(min=1e-6)
+    source = (place / end * last).round().long().minimum(last)
+    return signal.gather(1, source).where(valid_positions(lengths, width), 0), lengths
+
+
+def mask_spans(signal, lengths, share=0.3, span=40):
+    """Sets spans of `span` samples to 0, the median current; they begin anywhere and cover `share` on average."""
+    rows, width = signal.shape
+    chance = 1 - (1 - share) ** (1 / span)  # of a span to begin at a sample
+    begun = (torch.rand(rows, width + span - 1, device=signal.device) < chance).cumsum(1)
+    masked = begun[:, span - 1 :] > F.pad(begun, (1, 0))[:, :width]
+    return signal.where(valid_positions(lengths, width) & ~masked, 0), lengths
+
+
 EXTRA = {
     "shuffle": shuffle,
     "moving-average": moving_average,
     "random-crop": random_crop,
     "flip-time": flip_time,
     "flip-current": flip_current,
+    "gain-offset": gain_offset,
+    "time-warp": time_warp,
+    "mask-spans": mask_spans,
 }
 
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.augment import (
     EXTRA,
@@ -12,10 +13,13 @@ from common.augment import (
     drop_points,
     flip_current,
     flip_time,
+    gain_offset,
+    mask_spans,
     moving_average,
     noise,
     random_crop,
     shuffle,
+    time_warp,
     view,
 )
 from common.pore_model import valid_positions
@@ -177,7 +181,7 @@ def test_an_extra_comes_before_noise_and_drop_point(name):
     assert torch.equal(found.signal, expected[0])
 
 
-# ------------------------------------------------------------------------------------------------ the five extras
+# ------------------------------------------------------------------------------------------------ the extras
 
 
 def test_shuffle_puts_the_eight_segments_of_each_row_in_a_random_order():
@@ -265,6 +269,69 @@ def test_a_flip_turns_half_of_the_rows_and_undoes_itself(flip, reference):
     assert abs(turned - 1000) < 5 * 500**0.5
     torch.manual_seed(1)
     assert torch.equal(flip(out, lengths)[0], signal)
+
+
+def test_gain_offset_is_one_line_for_each_row():
+    """A gain that is log-normal and an offset that is normal, independent of each other and of the row."""
+    signal, lengths = torch.randn(4000, 50, dtype=torch.float64), torch.tensor([50, 37] * 2000)
+    signal *= valid_positions(lengths, 50)
+    out, _ = gain_offset(signal, lengths, gain=0.3, offset=0.5)
+    fits = [np.polyfit(*rows, 1) for rows in zip(valid_rows(signal, lengths), valid_rows(out, lengths), strict=True)]
+    for (gain, offset), before, after in zip(fits, valid_rows(signal, lengths), valid_rows(out, lengths), strict=True):
+        np.testing.assert_allclose(after, gain * before + offset, atol=1e-9)
+    gains, offsets = np.log([gain for gain, _ in fits]), np.array([offset for _, offset in fits])
+    for draws, sd in ((gains, 0.3), (offsets, 0.5)):
+        assert abs(draws.mean()) < 5 * sd / 4000**0.5
+        assert draws.std() == pytest.approx(sd, rel=0.05)
+    assert abs(np.corrcoef(gains, offsets)[0, 1]) < 0.08
+
+
+def test_time_warp_repeats_and_skips_samples_in_order_from_first_to_last():
+    signal, lengths = batch()
+    out, _ = time_warp(signal, lengths)
+    changed = 0
+    for before, after in zip(valid_rows(signal, lengths), valid_rows(out, lengths), strict=True):
+        assert after[0] == before[0] and after[-1] == before[-1]
+        assert np.isin(after, before).all()
+        assert (np.diff(after) >= 0).all()
+        changed += not np.array_equal(after, before)
+    assert changed == 12  # those longer than the 32 samples that run at one speed
+
+
+def test_time_warp_runs_at_log_normal_speeds():
+    """Steps of a ramp within each stretch; the first stretch, whose first step there is none of, is left out."""
+    ramp = torch.arange(3200.0).expand(500, -1)
+    out, _ = time_warp(ramp, torch.full((500,), 3200), strength=0.5)
+    speed = (out[:, 63::32] - out[:, 31:-32:32]) / 32  # (500, 99), each over a stretch
+    assert speed.mean() == pytest.approx(1, abs=0.01)
+    assert speed.log().std() == pytest.approx(0.5, rel=0.05)
+    inside = out[:, 33:64].diff(dim=1)  # at one speed samples are repeated or skipped evenly
+    assert (inside.amax(1) - inside.amin(1) <= 1).all()
+
+
+def test_time_warp_of_no_strength_is_the_row_itself():
+    signal, lengths = batch(torch.float64)
+    assert torch.equal(time_warp(signal, lengths, strength=0.0)[0], signal)
+
+
+def test_mask_spans_sets_whole_spans_to_zero_and_the_given_share_in_all():
+    signal, lengths = torch.ones(300, 2000), torch.full((300,), 2000)
+    out, _ = mask_spans(signal, lengths, share=0.4, span=25)
+    zero = out == 0
+    assert ((out == 1) | zero).all()
+    assert zero.double().mean() == pytest.approx(0.4, abs=0.01)
+    for at in (slice(0, 30), slice(-30, None)):  # not fewer at the ends of the row
+        assert zero[:, at].double().mean() == pytest.approx(0.4, abs=0.06)
+    edges = F.pad(zero, (1, 1)).byte().diff(dim=1)
+    first, end = (edges == 1).nonzero(), (edges == 255).nonzero()
+    inside = (first[:, 1] > 0) & (end[:, 1] < 2000)  # those at the ends may be cut
+    assert (end - first)[inside, 1].min() == 25
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_mask_spans_of_none_and_of_all(share):
+    signal, lengths = batch()
+    assert torch.equal(mask_spans(signal, lengths, share=share)[0], signal * (1 - share))
 
 
 def test_the_figures_of_the_page_on_augmentations():

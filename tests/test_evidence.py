@@ -145,6 +145,16 @@ def test_the_key_has_no_run_folders(args, monkeypatch):
     assert scratch == before[0] and barlow != before[1]
 
 
+def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_and_all(place, args, calls):
+    assert main(args(methods=("scratch-long", "simulated"), finetuning_steps=3)) == 0
+    (_, longer), (script, first), (_, then) = calls
+    assert script == "finetune_basecaller" and "simulated/pretraining.hdf5" in str(first[first.index("--data") + 1])
+    assert int(first[first.index("--steps") + 1]) == int(longer[longer.index("--steps") + 1]) - 3
+    assert then[then.index("--weights") + 1] == str(Path(first[first.index("--run-dir") + 1]) / "basecaller_last.pt")
+    assert [float(then[then.index(name) + 1]) for name in ("--lr", "--pore-model-lr")] == [0.002, 0.0005]
+    assert [row["pretraining_steps"] for row in read_rows("small")] == ["0", first[first.index("--steps") + 1]]
+
+
 def test_scratch_long_has_the_passes_of_both():
     # 300 * 8/3 * 64 / 32 = 1600 steps, and with the thesis's chunks of 3600 a third of them
     assert as_many_steps(Args(), 300, 32) == 1600
@@ -172,6 +182,8 @@ def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, 
     assert all("--tune" in words for _, words in calls) and {row["split"] for row in read_rows("small")} == {"tune"}
     rows = [(0.1, 0.001, 40), (0.1, 0.002, 41), (1.0, 0.002, 70), (1.0, 0.008, 72), (1.0, 0.004, 71)]
     rows = [result(split="tune", fraction=f, lr=lr, identity_mean=identity) for f, lr, identity in rows]
+    more = [(0.002, 69), (0.004, 71)]  # 8e-3 was best with seed 0, but is not tried with seed 1
+    rows += [result(split="tune", fraction=1.0, lr=lr, identity_mean=identity, seed=1) for lr, identity in more]
     write([*rows, result(split="tune", lr=0.001, identity_mean=99, finetuning_steps=9), result(identity_mean=99)])
     shutil.rmtree(evidence.RUNS)
     for path in evidence.RESULTS.glob("small-*.csv"):
@@ -180,9 +192,9 @@ def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, 
     jobs = plan(args(fractions=(0.1, 1.0)), 1, BATCHES)
     assert [(job["arm"], job["lr"]) for job in jobs] == [
         ("scratch", 0.002),
-        ("scratch", 0.008),
+        ("scratch", 0.004),
         ("barlow", 0.002),
-        ("barlow", 0.008),
+        ("barlow", 0.004),
     ]
     assert {job["lr"] for job in plan(args(lr=0.5), 1, BATCHES)} == {0.5}
 

@@ -205,6 +205,16 @@ def test_pore_model_lr_of_its_own_reaches_only_the_pore_model(simulated, tmp_pat
     assert max(moved) < 1e-7
 
 
+def test_a_basecaller_is_gone_on_with_head_and_all(simulated, tmp_path):
+    first = Basecaller(PoreModel.of_size("tiny"))
+    torch.save(first.state_dict(), tmp_path / "basecaller.pt")
+    settings = {"weights": tmp_path / "basecaller.pt", "lr": 1e-4, "warmup_steps": 0, "steps": 100}
+    main(small_args(simulated, tmp_path / "run", max_steps=1, **settings))
+    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    moved = {name: (trained[name] - value).abs().max() for name, value in first.named_parameters()}
+    assert all(0 < by < 2e-4 for by in moved.values()) and "head.weight" in moved  # one step of AdamW
+
+
 def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(simulated, tmp_path, monkeypatch):
     """--resume needs no --encoder, and basecaller.pt tells that it is thin."""
     pretrained, run = PoreModel.of_size("tiny", encoder="thin"), tmp_path / "run"
@@ -229,10 +239,11 @@ def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(simulated, t
 
 @pytest.mark.parametrize(("weights", "asked"), [("thin", "wide"), ("wide", "thin")])
 def test_weights_of_the_other_encoder_are_refused(simulated, tmp_path, weights, asked):
-    path = tmp_path / "pore_model.pt"
-    torch.save(PoreModel.of_size("tiny", encoder=weights).state_dict(), path)
-    with pytest.raises(
-        InputError, match=f"{path}.* the {weights} encoder; --size and --encoder ask .* {asked} encoder"
-    ):
-        main(small_args(simulated, tmp_path / "run", weights=path, encoder=asked))
+    path, pore_model = tmp_path / "pore_model.pt", PoreModel.of_size("tiny", encoder=weights)
+    for state in (pore_model, Basecaller(pore_model)):
+        torch.save(state.state_dict(), path)
+        with pytest.raises(
+            InputError, match=f"{path}.* the {weights} encoder; --size and --encoder ask .* {asked} encoder"
+        ):
+            main(small_args(simulated, tmp_path / "run", weights=path, encoder=asked))
     assert not (tmp_path / "run").exists()

@@ -60,7 +60,8 @@ def read_identities(name):
         # one arm's lines and its scratch should differ in nothing but pretraining
         _compare(first.setdefault(arm, row), row, ("size", "pretraining_steps"))
         # seeds have other reads, perhaps smaller batches, and scratch-long then more steps
-        _compare(first.setdefault((arm, fraction, arm == "scratch-long" and seed), row), row, ("finetuning_steps",))
+        steps_of = (arm, fraction, "steps", seed if arm == "scratch-long" else "any seed")
+        _compare(first.setdefault(steps_of, row), row, ("finetuning_steps",))
         _compare(first.setdefault(fraction, row), row, ("size", "lr", "validation_reads", "validation_chunks"))
         found.setdefault(arm, {}).setdefault(fraction, {})[seed] = float(row["identity_mean"])
     return {arm: dict(sorted(found[arm].items())) for arm in METHODS if arm in found}

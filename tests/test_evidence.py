@@ -231,9 +231,9 @@ def test_table_and_picture_pair_the_seeds(place, monkeypatch):
 @pytest.mark.parametrize("column", ["finetune_command", "lr", "size", "finetuning_steps"])
 def test_rows_that_do_not_compare_are_refused(place, column):
     other = {"finetune_command": "another"} if column == "finetune_command" else {"seed": 1, column: "9"}
-    write([result()])
+    write([result(seed=2), result()])  # in any order
     write([result() | {"commit": "another"}], "there")  # the same made twice does no harm
-    assert read_identities("small")["scratch"] == {1.0: {0: 50.0}}
+    assert read_identities("small")["scratch"] == {1.0: {2: 50.0, 0: 50.0}}
     write([result() | other], "there")
     with pytest.raises(InputError, match=rf"small: .* do not compare: {column} .* and "):
         read_identities("small")

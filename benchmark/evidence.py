@@ -183,7 +183,7 @@ def as_many_steps(args, pretraining_steps, batch):
 
 
 def pretraining(args, arm, seed, steps, lr):
-    """The command that pretrains an arm and its steps; those of a method are given, and the rate of labels."""
+    """The command that pretrains an arm, and its steps: `steps` of a method, as long with `lr` of simulated labels."""
     if arm == "simulated":
         words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
         steps = as_many_steps(args, steps, finetune_basecaller.RECIPES[args.size]["batch_size"])

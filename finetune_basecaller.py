@@ -245,7 +245,7 @@ def load_weights(model, path):
     state = load_tensors(path)
     whole = "head.weight" in state
     try:
-        found = Basecaller.from_state_dict(state).pore_model if whole else PoreModel.from_state_dict(state)
+        given = Basecaller.from_state_dict(state).pore_model if whole else PoreModel.from_state_dict(state)
     except ValueError as error:
         raise InputError(f"--weights {path}: {error}") from error
     try:
@@ -253,7 +253,7 @@ def load_weights(model, path):
     except RuntimeError as error:
         found, wanted = (
             f"{len(m.layers)} layers of {m.channels} channels and the {m.encoder.kind} encoder"
-            for m in (found, model.pore_model)
+            for m in (given, model.pore_model)
         )
         raise InputError(
             f"--weights {path}: a pore model with {found}; --size and --encoder ask for {wanted}"

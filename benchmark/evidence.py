@@ -19,7 +19,7 @@ gradient and two without, which count a third. The other methods have fewer.
 
 simulated is no self-supervised method but a yardstick: a basecaller trained on simulated reads and their labels, for as
 many steps as scratch-long has more than scratch, and then fine-tuned, pore model and head, the pore model at a quarter
-of the rate.
+of the rate. Where the data are simulated, too, it is what more labels would bring.
 
 --tune searches the learning rate of training from scratch on a part of the training reads. The grid takes the best of
 each label fraction, in the mean over seeds, for all arms: the baseline is tuned, and the methods have to do with what
@@ -69,7 +69,7 @@ CHUNK, BATCH = 1200, 64  # of all pretraining, so that each method sees as many 
 PASSES = 8 / 3
 # What differs from the scripts' defaults, which are for fifty epochs: in a few hundred steps the thesis's rates of 1e-5
 # and 3e-5 move little, a queue of 8192 is never full of keys, and an average over 1000 steps stays where it began. At
-# 1e-3 SimSiam's effective rank falls to 6 to 13 of 63, at 3e-4 to 20, at 1e-4 to 25.
+# 1e-3 SimSiam's effective rank falls to 6 to 13 of 63, at 1e-4 to 25 to 28.
 SHORT = {"lr": 1e-3, "warmup-steps": 25}
 RECIPES = {
     "cpc": SHORT,
@@ -160,17 +160,17 @@ def key(row):
 def best_rates(args):
     """{fraction: the learning rate with the highest mean identity among --tune's rows of this size and steps}.
 
-    Only of rates that as many seeds have tried as any other of the fraction.
+    The mean is over those seeds that all rates of the fraction have been tried with.
     """
-    found = {}
+    found, best = {}, {}
     for row in read_rows(args.name):
         if (row["split"], row["size"], row["finetuning_steps"]) == ("tune", args.size, str(args.finetuning_steps)):
             seeds = found.setdefault(float(row["fraction"]), {}).setdefault(float(row["lr"]), {})
             seeds[row["seed"]] = float(row["identity_mean"])
-    return {
-        fraction: max(rates, key=lambda lr: (len(rates[lr]), statistics.mean(rates[lr].values()), lr))
-        for fraction, rates in found.items()
-    }
+    for fraction, rates in found.items():
+        if seeds := set.intersection(*map(set, rates.values())):
+            best[fraction] = max((statistics.mean(rates[lr][seed] for seed in seeds), lr) for lr in rates)[1]
+    return best
 
 
 # ------------------------------------------------------------------------------------------------------------- jobs
@@ -182,12 +182,13 @@ def as_many_steps(args, pretraining_steps, batch):
     return math.ceil(pretraining_steps * per_step)
 
 
-def pretraining(args, arm, seed, steps, lr):
-    """The command that pretrains an arm, and its steps: `steps` of a method, as long with `lr` of simulated labels."""
+def pretraining(args, arm, seed, steps):
+    """The command that pretrains an arm, and its steps: `steps` of a method, or as many passes of simulated labels."""
     if arm == "simulated":
+        recipe = finetune_basecaller.RECIPES[args.size]
         words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
-        steps = as_many_steps(args, steps, finetune_basecaller.RECIPES[args.size]["batch_size"])
-        words += ["--seed", seed, "--steps", steps, "--lr", lr]
+        steps = as_many_steps(args, steps, recipe["batch_size"])
+        words += ["--seed", seed, "--steps", steps, "--lr", 2 * recipe["lr"]]  # --tune's best for all labels of tiny
     else:
         words = [f"{arm}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
         words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
@@ -222,7 +223,7 @@ def plan(args, pretraining_steps, batches):
                         words += ["--weights", WEIGHTS[arm]]
                         words += ["--pore-model-lr", lr / 4] if arm == "simulated" else []
                         row["pretrain_command"], row["pretraining_steps"] = pretraining(
-                            args, arm, seed, pretraining_steps, rates.get(1.0, default)
+                            args, arm, seed, pretraining_steps
                         )
                     jobs.append(row | {"finetune_command": shlex.join(map(str, words))})
     return jobs

@@ -50,7 +50,7 @@ def interval(values):
 
 def read_identities(name):
     """{arm: {fraction: {seed: mean identity}}}, arms in their order. InputError if rows do not belong together."""
-    first, found = {}, {}
+    first, steps, found = {}, {}, {}
     rows = [row for row in read_rows(name) if row["split"] == "validation"]
     if not rows:
         raise InputError(f"benchmark/results/{name}-*.csv: no results; run benchmark/evidence.py --name {name} first")
@@ -60,8 +60,8 @@ def read_identities(name):
         # one arm's lines and its scratch should differ in nothing but pretraining
         _compare(first.setdefault(arm, row), row, ("size", "pretraining_steps"))
         # seeds have other reads, perhaps smaller batches, and scratch-long then more steps
-        steps_of = (arm, fraction, "steps", seed if arm == "scratch-long" else "any seed")
-        _compare(first.setdefault(steps_of, row), row, ("finetuning_steps",))
+        same_steps = (arm, fraction, seed if arm == "scratch-long" else None)
+        _compare(steps.setdefault(same_steps, row), row, ("finetuning_steps",))
         _compare(first.setdefault(fraction, row), row, ("size", "lr", "validation_reads", "validation_chunks"))
         found.setdefault(arm, {}).setdefault(fraction, {})[seed] = float(row["identity_mean"])
     return {arm: dict(sorted(found[arm].items())) for arm in METHODS if arm in found}

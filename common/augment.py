@@ -1,8 +1,8 @@
 """Views of a chunk. Each function takes signal (N, L) and lengths (N,) of valid samples, and returns both anew.
 
 All randomness comes from torch's global generator. A view is noise, then drop-point (thesis section 5.2). Of the others
-the thesis tried five, which did not help there; gain-offset, time-warp and mask-spans imitate more of what differs from
-read to read. Anyone can try them: `view(..., extra=("shuffle",))`.
+the thesis tried five, which did not help there; gain-offset and time-warp imitate more of what differs from read to
+read, mask-spans hides parts. Anyone can try them: `view(..., extra=("shuffle",))`.
 """
 
 from typing import NamedTuple

@@ -353,6 +353,8 @@ def bad_weights(kind, tmp_path):
         torch.save(state | {"layers.1.feed_forward.0.bias": torch.zeros(3)}, path)
     elif kind == "another thing":
         torch.save([torch.zeros(2)], path)
+    elif kind == "half a basecaller":
+        torch.save({"head.weight": torch.zeros(10, 128)}, path)
     elif kind == "checkpoint":
         torch.save({"pore_model": state, "step": 3}, path)
     return path
@@ -363,6 +365,7 @@ def bad_weights(kind, tmp_path):
     [
         "missing", "text", "folder", "pickle", "pickle in torch's format", "cut off", "other size",
         "one tensor missing", "one tensor of another shape", "another thing", "checkpoint",
+        "half a basecaller",
     ],
 )  # fmt: skip
 def test_weights_that_are_none(refused, simulated, tmp_path, kind):

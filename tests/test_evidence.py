@@ -145,7 +145,8 @@ def test_the_key_has_no_run_folders(args, monkeypatch):
     assert scratch == before[0] and barlow != before[1]
 
 
-def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_and_all(place, args, calls):
+def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_and_all(place, args, calls, monkeypatch):
+    monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
     assert main(args(methods=("scratch-long", "simulated"), finetuning_steps=3)) == 0
     (_, longer), (script, first), (_, then) = calls
     assert script == "finetune_basecaller" and "simulated/pretraining.hdf5" in str(first[first.index("--data") + 1])

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
+from common.augment import gain_offset, noise
 from common.data import ALPHABET, Chunks, ctc_steps_needed, open_data
 from common.distributed import all_gather, all_gather_lists, average_gradients, rank
 from common.metrics import identity
@@ -161,13 +162,6 @@ def ctc_loss(log_probs, lengths, targets, target_lengths):
     per_base, counts, infeasible = ctc_per_base(log_probs, lengths, targets, target_lengths)
     per_base, counts, infeasible = all_gather(per_base, counts.float(), infeasible.float())
     return per_base.sum() / counts.sum().clamp(min=1), {"infeasible": infeasible.mean()}
-
-
-def jitter(signal, gain, offset, noise):
-    """signal (N, L) with a random gain and offset for each row and white noise."""
-    rows = (len(signal), 1)
-    signal = signal * (1 + gain * torch.randn(rows, device=signal.device))
-    return signal + offset * torch.randn(rows, device=signal.device) + noise * torch.randn_like(signal)
 
 
 def learning_rate(step, warmup_steps, total):
@@ -307,7 +301,8 @@ def main(args):
     for step in run.steps(first, last, args.batch_size):
         seed_step(args.seed, step)
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
-        signal = jitter(batch.signal, args.gain_jitter, args.offset_jitter, args.noise_jitter)
+        signal, _ = gain_offset(batch.signal, batch.lengths, args.gain_jitter, args.offset_jitter)
+        signal, _ = noise(signal, batch.lengths, args.noise_jitter)
         model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["max_lr"] * learning_rate(step, args.warmup_steps, total)

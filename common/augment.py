@@ -89,10 +89,11 @@ def flip_current(signal, lengths):
 
 
 def gain_offset(signal, lengths, gain=0.2, offset=0.2):
-    """Scales each row by exp(gain * N(0, 1)) and moves it by offset * N(0, 1), as calibration and normalisation err."""
-    draw = torch.randn(2, len(signal), 1, device=signal.device, dtype=signal.dtype)
-    changed = signal * (gain * draw[0]).exp() + offset * draw[1]
-    return changed.where(valid_positions(lengths, signal.shape[1]), 0), lengths
+    """Scales each row by 1 + gain * N(0, 1) and moves it by offset * N(0, 1), as calibration and normalisation err."""
+    rows = (len(signal), 1)
+    signal = signal * (1 + gain * torch.randn(rows, device=signal.device, dtype=signal.dtype))
+    signal = signal + offset * torch.randn(rows, device=signal.device, dtype=signal.dtype)
+    return signal.where(valid_positions(lengths, signal.shape[1]), 0), lengths
 
 
 def time_warp(signal, lengths, strength=0.7, stretch=32):

@@ -61,7 +61,7 @@ def compare(data, out, dtype):
     PoreModel.from_state_dict = lambda state, dropout=0.0: of_state(state, 0.0)
     for name in [*METHODS, "finetune_basecaller"]:
         script, seen, views = prepared(name), {"losses": [], "gradients": []}, WholeViews()
-        script.view, script.jitter = views, lambda signal, *options: views(signal, torch.full((len(signal),), 400))[0]
+        script.view, script.gain_offset = views, lambda signal, lengths, *options: views(signal, lengths)
         if dtype == "float64" and name == "finetune_basecaller":  # whose decoder takes float32 alone
             script.best_path = lambda log_probs, decode=script.best_path: decode(log_probs.to(torch.float32))
         script.seed_step = lambda seed, step: torch.manual_seed(step)

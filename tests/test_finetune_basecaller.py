@@ -14,7 +14,7 @@ from common.data import Chunks, open_data
 from common.metrics import identity
 from common.pore_model import PoreModel
 from common.run import parse_args
-from finetune_basecaller import Args, Basecaller, best_path, ctc_loss, jitter, learning_rate, main, validate
+from finetune_basecaller import Args, Basecaller, best_path, ctc_loss, learning_rate, main, validate
 
 
 def enumerated_loss(log_probs, target):
@@ -77,16 +77,6 @@ def test_the_best_path_merges_repeats_and_drops_blanks():
     log_probs = torch.full((len(path), 5), -10.0)
     log_probs[range(len(path)), path] = -0.01
     assert best_path(log_probs) == ("AAGTC", [1, 4, 5, 7, 9])
-
-
-def test_jitter_has_the_spread_asked_for():
-    torch.manual_seed(0)
-    ones = torch.ones(4000, 50)
-    assert jitter(ones, 0.1, 0.0, 0.0).std().item() == pytest.approx(0.1, rel=0.1)
-    assert jitter(ones, 0.0, 0.2, 0.0).std(1).max().item() < 1e-6
-    assert jitter(ones, 0.0, 0.2, 0.0)[:, 0].std().item() == pytest.approx(0.2, rel=0.1)
-    assert jitter(ones, 0.0, 0.0, 0.3).std(1).mean().item() == pytest.approx(0.3, rel=0.05)
-    assert torch.equal(jitter(ones, 0.0, 0.0, 0.0), ones)
 
 
 def test_learning_rate_rises_and_falls():

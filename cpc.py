@@ -54,6 +54,8 @@ class Args:
     """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
     shared_data: bool = False
     """fine-tuning will be given the same --data: leave one read in six to it"""
+    weights: Path | None = None
+    """a pore_model.pt, or a basecaller.pt, to start from; from random weights if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: int = 3600
@@ -210,6 +212,8 @@ def main(args):
     last = min(total, args.max_steps or total)
 
     pore_model = PoreModel.of_size(args.size, encoder=args.encoder).to(device)
+    if args.weights and not args.resume:
+        pore_model.load_weights(args.weights)
     prediction = Prediction(args.future_steps, pore_model.channels).to(device)
     optimizer = torch.optim.Adam([*pore_model.parameters(), *prediction.parameters()], fused=True)
     warn_if_slow(device, (pore_model, nn.Identity()), args.chunk_len, len(chunks), passes=1)

@@ -125,10 +125,8 @@ class Basecaller(nn.Module):
     @classmethod
     def from_state_dict(cls, state):
         """The basecaller that `state`, the content of basecaller.pt, holds. ValueError if it holds none."""
-        prefix = "pore_model."
         try:
-            pore_model = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            model = cls(PoreModel.from_state_dict(pore_model))
+            model = cls(PoreModel.from_state_dict(state))
             model.load_state_dict(state)
         except (AttributeError, RuntimeError, ValueError) as error:
             raise ValueError("these are not a basecaller's weights") from error
@@ -232,26 +230,14 @@ def draw_calls(model, chunks, device, precision):
 
 
 def load_weights(model, path):
-    """Puts the weights at `path`, of a pore model or a basecaller, into `model`, a Basecaller.
-
-    InputError if they are neither, or of another shape.
-    """
+    """Puts the weights at `path`, a pore model or a basecaller, into `model`, a Basecaller. InputError if neither."""
+    model.pore_model.load_weights(path)
     state = load_tensors(path)
-    whole = "head.weight" in state
-    try:
-        given = Basecaller.from_state_dict(state).pore_model if whole else PoreModel.from_state_dict(state)
-    except ValueError as error:
-        raise InputError(f"--weights {path}: {error}") from error
-    try:
-        (model if whole else model.pore_model).load_state_dict(state)
-    except RuntimeError as error:
-        found, wanted = (
-            f"{len(m.layers)} layers of {m.channels} channels and the {m.encoder.kind} encoder"
-            for m in (given, model.pore_model)
-        )
-        raise InputError(
-            f"--weights {path}: a pore model with {found}; --size and --encoder ask for {wanted}"
-        ) from error
+    if "head.weight" in state:
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"--weights {path}: these are not a basecaller's weights") from error
 
 
 def main(args):

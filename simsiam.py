@@ -43,6 +43,8 @@ class Args:
     """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
     shared_data: bool = False
     """fine-tuning will be given the same --data: leave one read in six to it"""
+    weights: Path | None = None
+    """a pore_model.pt, or a basecaller.pt, to start from; from random weights if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: int = 3600
@@ -166,6 +168,8 @@ def main(args):
     last = min(total, args.max_steps or total)
 
     pore_model = PoreModel.of_size(args.size).to(device)
+    if args.weights and not args.resume:
+        pore_model.load_weights(args.weights)
     head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
     predictor = Predictor(args.representation).to(device)
     optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters(), *predictor.parameters()], fused=True)

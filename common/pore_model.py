@@ -11,6 +11,7 @@ from torch import nn
 
 from common import InputError
 from common.distributed import all_gather, part_of, sum_over_ranks, world_size
+from common.run import load_tensors
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
@@ -164,8 +165,14 @@ class PoreModel(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state, dropout=0.1):
-        """The pore model, of whatever size and encoder, that `state` (a plain state dict) holds. ValueError if none."""
+        """The pore model, of whatever size and encoder, that `state` holds: its state dict, or a basecaller's.
+
+        ValueError if it holds none.
+        """
         try:
+            if "head.weight" in state:
+                prefix = "pore_model."
+                state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
             channels = state["norm.weight"].shape[0]
             feed_forward = state["layers.0.feed_forward.0.weight"].shape[0]
             layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
@@ -176,6 +183,24 @@ class PoreModel(nn.Module):
             reason = " ".join(str(error).split())[:200]  # torch's has several lines
             raise ValueError(f"these are not a pore model's weights ({type(error).__name__}: {reason})") from error
         return model
+
+    def load_weights(self, path):
+        """Takes the weights of the file `path`, a pore_model.pt or a basecaller.pt. InputError if they do not fit."""
+        try:
+            given = PoreModel.from_state_dict(load_tensors(path))
+        except ValueError as error:
+            raise InputError(f"--weights {path}: {error}") from error
+        try:
+            self.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            found, wanted = (
+                f"{len(m.layers)} layers of {m.channels} channels and the {m.encoder.kind} encoder"
+                for m in (given, self)
+            )
+            raise InputError(
+                f"--weights {path}: a pore model with {found}, where this run has {wanted}: see --size and, of cpc.py "
+                "and finetune_basecaller.py, --encoder"
+            ) from error
 
     def forward(self, signal, lengths=None):
         """signal (N, L), lengths (N,) of valid samples or None for all -> context (N, T, C), frame lengths (N,).

@@ -355,6 +355,9 @@ def bad_weights(kind, tmp_path):
         torch.save([torch.zeros(2)], path)
     elif kind == "half a basecaller":
         torch.save({"head.weight": torch.zeros(10, 128)}, path)
+    elif kind == "basecaller of other bases":
+        state = {f"pore_model.{key}": value for key, value in state.items()}
+        torch.save(state | {"head.weight": torch.zeros(14, 128), "head.bias": torch.zeros(14)}, path)
     elif kind == "checkpoint":
         torch.save({"pore_model": state, "step": 3}, path)
     return path
@@ -365,15 +368,16 @@ def bad_weights(kind, tmp_path):
     [
         "missing", "text", "folder", "pickle", "pickle in torch's format", "cut off", "other size",
         "one tensor missing", "one tensor of another shape", "another thing", "checkpoint",
-        "half a basecaller",
+        "half a basecaller", "basecaller of other bases",
     ],
 )  # fmt: skip
 def test_weights_that_are_none(refused, simulated, tmp_path, kind):
     path = bad_weights(kind, tmp_path)
-    message = refused("finetune_basecaller", "--data", simulated, "--weights", path, "--batch-size", "2")
-    assert str(path) in message and not (tmp_path / "executed").exists()
-    if kind == "other size":
-        assert "4 layers of 256 channels" in message and "ask for 3 layers of 128 channels" in message
+    for script in ("finetune_basecaller", "barlow")[: 1 if kind == "basecaller of other bases" else 2]:
+        message = refused(script, "--data", simulated, "--weights", path, "--batch-size", "2")
+        assert str(path) in message and not (tmp_path / "executed").exists()
+        if kind == "other size":
+            assert "with 4 layers of 256 channels" in message and "this run has 3 layers of 128 channels" in message
 
 
 def test_a_batch_of_one_chunk_has_no_statistics(refused, simulated):

@@ -233,7 +233,7 @@ def test_weights_of_the_other_encoder_are_refused(simulated, tmp_path, weights, 
     for state in (pore_model, Basecaller(pore_model)):
         torch.save(state.state_dict(), path)
         with pytest.raises(
-            InputError, match=f"{path}.* the {weights} encoder; --size and --encoder ask .* {asked} encoder"
+            InputError, match=f"{path}.* the {weights} encoder, where this run .* the {asked} encoder: .* --encoder"
         ):
             main(small_args(simulated, tmp_path / "run", weights=path, encoder=asked))
     assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ from common import InputError
 from common.data import Chunks, open_data
 from common.pore_model import PoreModel
 from common.simulate import write_simulated
+from finetune_basecaller import Basecaller
 from tests.linear_probe import examples_of, probe_accuracy
 
 TERMS = {
@@ -132,6 +133,24 @@ def test_a_run_that_sigterm_stopped_is_resumed_as_if_never_stopped(method, simul
     logs = [[{**line, "chunks_per_second": 0} for line in read_metrics(folder)] for folder in (whole, stopped)]
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[0]] == [10, 17, 20, 20]  # an epoch has 17 steps
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_starts_from_the_weights_of_a_pore_model_or_a_basecaller(method, simulated, tmp_path):
+    """Averages of the pore model as well; to resume, it needs them no more."""
+    basecaller = Basecaller(PoreModel.of_size("tiny"))
+    given, path = basecaller.pore_model.state_dict(), tmp_path / "given.pt"
+    small = {"batch_size": 4, "lr": 1e-4, "weights": path} | ({} if method == "cpc" else {"representation": 32})
+    for name, state in (("alone", given), ("basecaller", basecaller.state_dict())):
+        torch.save(state, path)
+        script(method).main(settings(method, simulated, tmp_path / name, max_steps=1, **small))
+        saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for part in (part for part in saved if part.endswith("pore_model")):
+            for key, _ in basecaller.pore_model.named_parameters():
+                assert (saved[part][key] - given[key]).abs().max() < 1.1e-4, (part, key)  # one step of Adam
+        assert not torch.equal(saved["pore_model"]["norm.weight"], given["norm.weight"])
+    path.unlink()
+    script(method).main(settings(method, simulated, None, max_steps=2, resume=tmp_path / "alone", **small))
 
 
 KILLED = """

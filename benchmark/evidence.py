@@ -19,7 +19,8 @@ gradient and two without, which count a third. The other methods have fewer.
 
 simulated is no self-supervised method but a yardstick: a basecaller trained on simulated reads and their labels, for as
 many steps as scratch-long has more than scratch, and then fine-tuned, pore model and head, the pore model at a quarter
-of the rate. Where the data are simulated, too, it is what more labels would bring.
+of the rate. Where the data are simulated, too, it is what more labels would bring. simulated+moco goes on from there
+with MoCo on the raw reads, and is fine-tuned as simulated is; likewise the other methods.
 
 --tune searches the learning rate of training from scratch on a part of the training reads. The grid takes the best of
 each label fraction, in the mean over seeds, for all arms: the baseline is tuned, and the methods have to do with what
@@ -80,8 +81,8 @@ RECIPES = {
     "dino": SHORT | {"momentum": 0.99, "student-temperature": 0.5, "teacher-temperature": 0.3},
     "barlow": SHORT,
 }
-WEIGHTS = {"simulated": "basecaller_last.pt"} | dict.fromkeys(RECIPES, "pore_model.pt")  # what pretraining ends with
-METHODS = ("scratch", "scratch-long", *WEIGHTS)
+GENTLE = {"lr": 1e-4}  # on top of a recipe, to go on from weights that know bases already; the first rate tried
+METHODS = ("scratch", "scratch-long", "simulated", *RECIPES, *(f"simulated+{method}" for method in RECIPES))
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 KEY = ("pretrain_command", "finetune_command")  # what determines a result: as run, but for folders
 COLUMNS = (
@@ -176,6 +177,11 @@ def best_rates(args):
 # ------------------------------------------------------------------------------------------------------------- jobs
 
 
+def result_of(command):
+    """The file that a command of pretraining ends with."""
+    return "basecaller_last.pt" if command.startswith("finetune_basecaller.py") else "pore_model.pt"
+
+
 def as_many_steps(args, pretraining_steps, batch):
     """How many steps of fine-tuning, of `batch` chunks, take as much as pretraining."""
     per_step = PASSES * BATCH * CHUNK / (batch * finetune_basecaller.RECIPES[args.size]["chunk_len"])
@@ -183,18 +189,27 @@ def as_many_steps(args, pretraining_steps, batch):
 
 
 def pretraining(args, arm, seed, steps):
-    """The command that pretrains an arm, and its steps: `steps` of a method, or as many passes of simulated labels."""
-    if arm == "simulated":
-        recipe = finetune_basecaller.RECIPES[args.size]
-        words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
-        steps = as_many_steps(args, steps, recipe["batch_size"])
-        words += ["--seed", seed, "--steps", steps, "--lr", 2 * recipe["lr"]]  # --tune's best for all labels of tiny
-    else:
-        words = [f"{arm}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
-        words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
-        words += [word for name, value in RECIPES[arm].items() for word in (f"--{name}", value)]
-        words += ["--cosine"]
-    return shlex.join(map(str, words)), steps
+    """The commands that pretrain an arm, joined by &&, and their steps.
+
+    These are `steps` of a method, as many passes of simulated labels, or both.
+    """
+    commands, total = [], 0
+    for part in arm.split("+"):
+        if part == "simulated":
+            recipe = finetune_basecaller.RECIPES[args.size]
+            words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
+            total += (longer := as_many_steps(args, steps, recipe["batch_size"]))
+            words += ["--seed", seed, "--steps", longer]
+            words += ["--lr", 2 * recipe["lr"]]  # --tune's best for all labels of tiny
+        else:
+            total += steps
+            words = [f"{part}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
+            words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
+            recipe = RECIPES[part] | (GENTLE if commands else {})
+            words += [word for name, value in recipe.items() for word in (f"--{name}", value)]
+            words += ["--cosine", *(["--weights", result_of(commands[-1])] if commands else [])]
+        commands.append(shlex.join(map(str, words)))
+    return " && ".join(commands), total
 
 
 def plan(args, pretraining_steps, batches):
@@ -219,12 +234,12 @@ def plan(args, pretraining_steps, batches):
                     row |= {"split": "tune" if args.tune else "validation", "finetuning_steps": steps, "lr": lr}
                     row |= {"pretraining_steps": 0, "pretrain_command": "", "pretraining_seconds": 0}
                     row |= dict.fromkeys(("feature_spread", "effective_rank", "pretraining_commit"), "")
-                    if arm in WEIGHTS:
-                        words += ["--weights", WEIGHTS[arm]]
-                        words += ["--pore-model-lr", lr / 4] if arm == "simulated" else []
+                    if not arm.startswith("scratch"):
                         row["pretrain_command"], row["pretraining_steps"] = pretraining(
                             args, arm, seed, pretraining_steps
                         )
+                        words += ["--weights", result_of(row["pretrain_command"].split(" && ")[-1])]
+                        words += ["--pore-model-lr", lr / 4] if arm.startswith("simulated") else []
                     jobs.append(row | {"finetune_command": shlex.join(map(str, words))})
     return jobs
 
@@ -306,6 +321,31 @@ def run_folder(row, *columns):
     return RUNS / row["name"] / f"{row['arm']}{fraction}-{row['seed']}-{digest}"
 
 
+def pretrain(row):
+    """Pretrains as the row says, unless that is done, and fills in what is known of it; returns the folder.
+
+    None if another process is at it right now.
+    """
+    arms, commands, folder, seconds = row["arm"].split("+"), row["pretrain_command"].split(" && "), None, 0
+    for number, command in enumerate(commands, 1):
+        until = row | {"arm": "+".join(arms[:number]), "pretrain_command": " && ".join(commands[:number])}
+        before, folder = folder, run_folder(until, "pretrain_command")
+        with locked(folder.with_name(folder.name + ".lock")) as mine:
+            if not mine:
+                return None
+            row["pretraining_commit"], took = complete(folder, with_weights(command, before), result_of(command))
+        seconds += took
+    row["pretraining_seconds"] = round(seconds, 1)
+    for line in read_metrics(folder):
+        row |= {name: line[name] for name in ("feature_spread", "effective_rank") if name in line}
+    return folder
+
+
+def with_weights(command, folder):
+    """The command with its --weights in `folder`."""
+    return command.replace("--weights ", f"--weights {shlex.quote(str(folder))}/")
+
+
 def do(row):
     """Makes a row, unless another process has. False if another process is at it, or at its pretraining, right now."""
     folder = run_folder(row, *KEY)
@@ -316,16 +356,10 @@ def do(row):
             return True
         command = row["finetune_command"]
         if row["pretrain_command"]:
-            pretrained = run_folder(row, "pretrain_command")
-            with locked(pretrained.with_name(pretrained.name + ".lock")) as mine:
-                if not mine:
-                    return False
-                row["pretraining_commit"], row["pretraining_seconds"] = complete(
-                    pretrained, row["pretrain_command"], WEIGHTS[row["arm"]]
-                )
-            for line in read_metrics(pretrained):
-                row |= {name: line[name] for name in ("feature_spread", "effective_rank") if name in line}
-            command = command.replace("--weights ", f"--weights {shlex.quote(str(pretrained))}/")
+            pretrained = pretrain(row)
+            if pretrained is None:
+                return False
+            command = with_weights(command, pretrained)
         row["commit"], row["seconds"] = complete(folder, command, "basecaller_last.pt")
         last = [line for line in read_metrics(folder) if "validation/loss" in line][-1]
         row |= {name: last[f"validation/{name}"] for name in ("loss", "identity_mean", "identity_median")}

@@ -34,9 +34,11 @@ NAMES = {
     "dino": "DINO",
     "barlow": "Barlow Twins",
 }
+NAMES |= {f"simulated+{arm}": f"simulated, then {NAMES[arm]}" for arm in RECIPES}
 THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
 LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(RECIPES, [*COLOURS[:6], "#8C6D31"], strict=True)}
 LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s"), "simulated": ("grey", ":", "s")}
+LOOKS |= {f"simulated+{arm}": (LOOKS[arm][0], ":", "^") for arm in RECIPES}
 
 
 def interval(values):

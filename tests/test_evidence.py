@@ -157,6 +157,21 @@ def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_a
     assert [row["pretraining_steps"] for row in read_rows("small")] == ["0", first[first.index("--steps") + 1]]
 
 
+def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch):
+    monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
+    assert main(args(methods=("simulated", "simulated+moco"))) == 0
+    (first, labels), (last, _), (method, words), (_, then) = calls  # simulated labels once, for both arms
+    assert (first, last, method) == ("finetune_basecaller", "finetune_basecaller", "moco")
+    assert words[words.index("--weights") + 1] == f"{labels[labels.index('--run-dir') + 1]}/basecaller_last.pt"
+    assert float(words[words.index("--lr") + 1]) == 1e-4
+    assert then[then.index("--weights") + 1] == f"{words[words.index('--run-dir') + 1]}/pore_model.pt"
+    assert [float(then[then.index(name) + 1]) for name in ("--lr", "--pore-model-lr")] == [0.002, 0.0005]
+    alone, both = read_rows("small")
+    assert int(both["pretraining_steps"]) == int(alone["pretraining_steps"]) + 1  # an epoch has one step
+    assert both["pretrain_command"].startswith(f"{alone['pretrain_command']} && moco.py ")
+    assert float(both["pretraining_seconds"]) >= float(alone["pretraining_seconds"]) and both["effective_rank"] == "7.0"
+
+
 def test_scratch_long_has_the_passes_of_both():
     # 300 * 8/3 * 64 / 32 = 1600 steps, and with the thesis's chunks of 3600 a third of them
     assert as_many_steps(Args(), 300, 32) == 1600

@@ -5,6 +5,10 @@ python -m benchmark.plot_evidence real
 reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over
 three seeds or more; differences to scratch are taken seed by seed. In the picture each seed is a dot, lines go through
 the means, and intervals that are wider than the dots lie apart are cut off.
+
+python -m benchmark.plot_evidence real simulated
+
+prints the table with the gains over that arm, and draws nothing.
 """
 
 import math
@@ -78,14 +82,14 @@ def _compare(one, other, columns):
             )
 
 
-def gains(identities):
-    """{arm: {fraction: differences to scratch of the seeds that both have}} of all arms but scratch."""
-    scratch, found = identities.get("scratch", {}), {}
+def gains(identities, over="scratch"):
+    """{arm: {fraction: differences to arm `over` of the seeds that both have}} of all other arms."""
+    baseline, found = identities.get(over, {}), {}
     for arm, fractions in identities.items():
         for fraction, seeds in fractions.items():
-            both = sorted(seeds.keys() & scratch.get(fraction, {}).keys())
-            if both and arm != "scratch":
-                found.setdefault(arm, {})[fraction] = [seeds[seed] - scratch[fraction][seed] for seed in both]
+            both = sorted(seeds.keys() & baseline.get(fraction, {}).keys())
+            if both and arm != over:
+                found.setdefault(arm, {})[fraction] = [seeds[seed] - baseline[fraction][seed] for seed in both]
     return found
 
 
@@ -93,13 +97,13 @@ def percent(fraction):
     return f"{100 * fraction:g} %"
 
 
-def table(identities):
-    """A Markdown table: a row for each arm, and for each fraction identity and gain over scratch."""
+def table(identities, over="scratch"):
+    """A Markdown table: a row for each arm, and for each fraction identity and gain over the arm `over`."""
     fractions = sorted({fraction for found in identities.values() for fraction in found})
     heads = [head for f in fractions for head in (f"{percent(f)} of labels", "gain", "seeds")]
     yield f"| | {' | '.join(heads)} |"
     yield "|---" * (len(heads) + 1) + "|"
-    gained = gains(identities)
+    gained = gains(identities, over)
     for arm, found in identities.items():
         cells = []
         for fraction in fractions:
@@ -155,17 +159,18 @@ def plot(identities, out):
 
 
 def main(words):
-    if len(words) != 1:
+    if len(words) not in (1, 2) or not {*words[1:]} <= {*METHODS}:
         sys.exit(__doc__)
     out = ROOT / "docs" / f"evidence_{words[0]}.png"
     try:
         identities = read_identities(words[0])
-        plot(identities, out)
+        if len(words) == 1:
+            plot(identities, out)
     except InputError as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"{out}: cannot be written ({error.strerror})")
-    print("\n".join(table(identities)))
+    print("\n".join(table(identities, *words[1:])))
 
 
 if __name__ == "__main__":

@@ -36,4 +36,7 @@ done
 for name in moco cpc_long simclr_200_drop; do
     finetune ${name}_slower $name --pore-model-lr 2e-3
 done
+for name in moco simclr; do
+    finetune ${name}_frozen_first $name --freeze-steps 100
+done
 $python -m benchmark.plot_runs "$run/study.png" "$run"/finetuned/*/

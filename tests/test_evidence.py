@@ -235,6 +235,10 @@ def test_table_and_picture_pair_the_seeds(place, monkeypatch):
         "| from scratch |  |  | 0 | 60.00 ± 24.84 |  | 3 |",
         "| Barlow Twins | 30.00 |  | 1 | 62.00 ± 23.70 | +2.00 ± 2.48 | 3 |",
     ]
+    assert list(table(found, "barlow"))[2:] == [
+        "| from scratch |  |  | 0 | 60.00 ± 24.84 | -2.00 ± 2.48 | 3 |",
+        "| Barlow Twins | 30.00 |  | 1 | 62.00 ± 23.70 |  | 3 |",
+    ]
     monkeypatch.setattr(plt, "close", lambda figure: None)
     plot_evidence.plot(found, place / "picture.png")
     assert (place / "picture.png").read_bytes().startswith(b"\x89PNG")

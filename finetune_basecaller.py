@@ -81,7 +81,7 @@ class Args:
     warmup_steps: int | None = None
     """steps over which the learning rate rises from 0, to fall as a cosine; 200 or a tenth of all if not given"""
     freeze_steps: int = 0
-    """train the head alone for this many steps first; useful with pretrained weights and few labels"""
+    """train the head alone for this many steps first; the pore model's warm-up begins after them"""
     dropout: float | None = None
     """of the pore model; by size if not given"""
     gain_jitter: float = 0.05
@@ -290,8 +290,8 @@ def main(args):
         signal, _ = gain_offset(batch.signal, batch.lengths, args.gain_jitter, args.offset_jitter)
         signal, _ = noise(signal, batch.lengths, args.noise_jitter)
         model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["max_lr"] * learning_rate(step, args.warmup_steps, total)
+        for group, frozen in zip(optimizer.param_groups, (0, args.freeze_steps), strict=True):  # each warms up
+            group["lr"] = group["max_lr"] * learning_rate(max(1, step - frozen), args.warmup_steps, total - frozen)
 
         with autocast(device, args.precision):
             log_probs, lengths = model(signal)

@@ -185,6 +185,16 @@ def test_frozen_pore_model_keeps_its_weights_and_statistics_while_the_head_learn
     assert not torch.equal(trained["head.weight"], Basecaller(PoreModel.of_size("tiny")).head.weight)
 
 
+def test_after_the_freeze_the_pore_model_warms_up(simulated, tmp_path):
+    pretrained = PoreModel.of_size("tiny")
+    torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
+    settings = {"weights": tmp_path / "pore_model.pt", "freeze_steps": 20, "warmup_steps": 10, "lr": 1e-2}
+    main(small_args(simulated, tmp_path / "run", max_steps=21, **settings))
+    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    moved = [(trained[f"pore_model.{key}"] - value).abs().max() for key, value in pretrained.named_parameters()]
+    assert 5e-4 < max(moved) < 1.1e-3  # one step of AdamW at a tenth of the rate
+
+
 def test_pore_model_lr_of_its_own_reaches_only_the_pore_model(simulated, tmp_path):
     pretrained = PoreModel.of_size("tiny")
     torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")

@@ -193,6 +193,9 @@ def main(args):
         args.future_steps = 35 if args.encoder == "wide" else 7
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    pore_model = PoreModel.of_size(args.size, encoder=args.encoder).to(device)
+    if args.weights and not args.resume:
+        pore_model.load_weights(args.weights)
     stores = open_data(args.data)
     share = "pretraining" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", share=share)
@@ -211,9 +214,6 @@ def main(args):
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
 
-    pore_model = PoreModel.of_size(args.size, encoder=args.encoder).to(device)
-    if args.weights and not args.resume:
-        pore_model.load_weights(args.weights)
     prediction = Prediction(args.future_steps, pore_model.channels).to(device)
     optimizer = torch.optim.Adam([*pore_model.parameters(), *prediction.parameters()], fused=True)
     warn_if_slow(device, (pore_model, nn.Identity()), args.chunk_len, len(chunks), passes=1)

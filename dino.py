@@ -186,6 +186,9 @@ def validate(args, models, chunks, device):
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    pore_model = PoreModel.of_size(args.size).to(device)
+    if args.weights and not args.resume:
+        pore_model.load_weights(args.weights)
     stores = open_data(args.data)
     share = "pretraining" if args.shared_data else None
     chunks = Chunks(stores, args.chunk_len, "training", share=share)
@@ -196,9 +199,6 @@ def main(args):
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
 
-    pore_model = PoreModel.of_size(args.size).to(device)
-    if args.weights and not args.resume:
-        pore_model.load_weights(args.weights)
     head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
     teacher_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
     teacher_head = copy.deepcopy(head)

@@ -34,7 +34,6 @@ from common.run import (
     LOG_EVERY,
     Run,
     autocast,
-    load_tensors,
     parse_args,
     pick_device,
     seed_step,
@@ -231,8 +230,7 @@ def draw_calls(model, chunks, device, precision):
 
 def load_weights(model, path):
     """Puts the weights at `path`, a pore model or a basecaller, into `model`, a Basecaller. InputError if neither."""
-    model.pore_model.load_weights(path)
-    state = load_tensors(path)
+    state = model.pore_model.load_weights(path)
     if "head.weight" in state:
         try:
             model.load_state_dict(state)

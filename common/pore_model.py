@@ -185,9 +185,13 @@ class PoreModel(nn.Module):
         return model
 
     def load_weights(self, path):
-        """Takes the weights of the file `path`, a pore_model.pt or a basecaller.pt. InputError if they do not fit."""
+        """Takes the weights of the file `path`, a pore_model.pt or a basecaller.pt, and returns what the file holds.
+
+        InputError if they do not fit.
+        """
+        state = load_tensors(path)
         try:
-            given = PoreModel.from_state_dict(load_tensors(path))
+            given = PoreModel.from_state_dict(state)
         except ValueError as error:
             raise InputError(f"--weights {path}: {error}") from error
         try:
@@ -201,6 +205,7 @@ class PoreModel(nn.Module):
                 f"--weights {path}: a pore model with {found}, where this run has {wanted}: see --size and, of cpc.py "
                 "and finetune_basecaller.py, --encoder"
             ) from error
+        return state
 
     def forward(self, signal, lengths=None):
         """signal (N, L), lengths (N,) of valid samples or None for all -> context (N, T, C), frame lengths (N,).

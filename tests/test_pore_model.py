@@ -450,7 +450,7 @@ def rubbish():
         "a head": RepresentationHead(128, WIDTH, 8).state_dict(),
         "a prefix": {f"module.{key}": value for key, value in state.items()},
         "one weight short": {key: value for key, value in state.items() if key != some},
-        "one weight too many": state | {"head.weight": torch.zeros(1)},
+        "one weight too many": state | {"stray.weight": torch.zeros(1)},
         "one weight of another shape": state | {some: torch.zeros(3, 3)},
         "a layer with no number": state | {"layers.x.weight": torch.zeros(1)},
         "an empty encoder": state | {"encoder.blocks.3.conv.weight": torch.tensor(0.0)},

@@ -288,8 +288,9 @@ def main(args):
         signal, _ = gain_offset(batch.signal, batch.lengths, args.gain_jitter, args.offset_jitter)
         signal, _ = noise(signal, batch.lengths, args.noise_jitter)
         model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
+        rate = learning_rate(step, args.warmup_steps, total)
         for group, frozen in zip(optimizer.param_groups, (0, args.freeze_steps), strict=True):  # each warms up
-            group["lr"] = group["max_lr"] * learning_rate(max(1, step - frozen), args.warmup_steps, total - frozen)
+            group["lr"] = group["max_lr"] * min(rate, max(0, step - frozen) / max(1, args.warmup_steps))
 
         with autocast(device, args.precision):
             log_probs, lengths = model(signal)

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -82,7 +83,8 @@ RECIPES = {
     "barlow": SHORT,
 }
 GENTLE = {"lr": 1e-4}  # on top of a recipe, to go on from weights that know bases already; the first rate tried
-METHODS = ("scratch", "scratch-long", "simulated", *RECIPES, *(f"simulated+{method}" for method in RECIPES))
+METHODS = ("scratch", "scratch-long", "simulated", *RECIPES)
+ARMS = (*METHODS, *(f"simulated+{method}" for method in RECIPES))
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 KEY = ("pretrain_command", "finetune_command")  # what determines a result: as run, but for folders
 COLUMNS = (
@@ -102,8 +104,8 @@ class Args:
     """other reads, with bases"""
     size: Literal["thesis", "small", "tiny"] = "tiny"
     """size of the pore model"""
-    methods: tuple[Literal[METHODS], ...] = METHODS
-    """what to compare"""
+    methods: tuple[Literal[ARMS], ...] = METHODS
+    """what to compare; further arms are simulated+METHOD"""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     """shares of the labelled reads to train on"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -182,6 +184,11 @@ def result_of(command):
     return "basecaller_last.pt" if command.startswith("finetune_basecaller.py") else "pore_model.pt"
 
 
+def stages(pretrain_command):
+    """The commands, one after another, that a row's pretrain_command consists of; none of training from scratch."""
+    return re.split(r" && (?=\w+\.py )", pretrain_command) if pretrain_command else []
+
+
 def as_many_steps(args, pretraining_steps, batch):
     """How many steps of fine-tuning, of `batch` chunks, take as much as pretraining."""
     per_step = PASSES * BATCH * CHUNK / (batch * finetune_basecaller.RECIPES[args.size]["chunk_len"])
@@ -238,7 +245,7 @@ def plan(args, pretraining_steps, batches):
                         row["pretrain_command"], row["pretraining_steps"] = pretraining(
                             args, arm, seed, pretraining_steps
                         )
-                        words += ["--weights", result_of(row["pretrain_command"].split(" && ")[-1])]
+                        words += ["--weights", result_of(stages(row["pretrain_command"])[-1])]
                         words += ["--pore-model-lr", lr / 4] if arm.startswith("simulated") else []
                     jobs.append(row | {"finetune_command": shlex.join(map(str, words))})
     return jobs
@@ -326,16 +333,16 @@ def pretrain(row):
 
     None if another process is at it right now.
     """
-    arms, commands, folder, seconds = row["arm"].split("+"), row["pretrain_command"].split(" && "), None, 0
+    arms, commands, done, folder = row["arm"].split("+"), stages(row["pretrain_command"]), [], None
     for number, command in enumerate(commands, 1):
         until = row | {"arm": "+".join(arms[:number]), "pretrain_command": " && ".join(commands[:number])}
         before, folder = folder, run_folder(until, "pretrain_command")
         with locked(folder.with_name(folder.name + ".lock")) as mine:
             if not mine:
                 return None
-            row["pretraining_commit"], took = complete(folder, with_weights(command, before), result_of(command))
-        seconds += took
-    row["pretraining_seconds"] = round(seconds, 1)
+            done.append(complete(folder, with_weights(command, before), result_of(command)))
+    row["pretraining_commit"] = " && ".join(commit for commit, _ in done)
+    row["pretraining_seconds"] = round(sum(seconds for _, seconds in done), 1)
     for line in read_metrics(folder):
         row |= {name: line[name] for name in ("feature_spread", "effective_rank") if name in line}
     return folder
@@ -376,11 +383,9 @@ def remaining(jobs, rows):
         return ""
     per_step = sum(float(row["seconds"]) for row in rows) / sum(int(row["finetuning_steps"]) for row in rows)
     seconds = per_step * sum(job["finetuning_steps"] for job in jobs)
-    pretrained = [row for row in rows if row["pretrain_command"]]
-    if pretrained:
-        each = sum(float(row["pretraining_seconds"]) for row in pretrained) / len(pretrained)
-        done = {"", *(row["pretrain_command"] for row in rows)}  # "" is that of training from scratch
-        seconds += each * len({job["pretrain_command"] for job in jobs} - done)
+    done, left = ([stage for row in some for stage in stages(row["pretrain_command"])] for some in (rows, jobs))
+    if done:
+        seconds += sum(float(row["pretraining_seconds"]) for row in rows) / len(done) * len(set(left) - set(done))
     return f"; about {seconds / 3600:.1f} hours more"
 
 

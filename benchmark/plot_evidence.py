@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmark.evidence import KEY, METHODS, RECIPES, ROOT, read_rows
+from benchmark.evidence import ARMS, KEY, RECIPES, ROOT, read_rows
 from benchmark.plot_runs import COLOURS
 from common import InputError
 
@@ -70,7 +70,7 @@ def read_identities(name):
         _compare(steps.setdefault(same_steps, row), row, ("finetuning_steps",))
         _compare(first.setdefault(fraction, row), row, ("size", "lr", "validation_reads", "validation_chunks"))
         found.setdefault(arm, {}).setdefault(fraction, {})[seed] = float(row["identity_mean"])
-    return {arm: dict(sorted(found[arm].items())) for arm in METHODS if arm in found}
+    return {arm: dict(sorted(found[arm].items())) for arm in ARMS if arm in found}
 
 
 def _compare(one, other, columns):
@@ -159,13 +159,15 @@ def plot(identities, out):
 
 
 def main(words):
-    if len(words) not in (1, 2) or not {*words[1:]} <= {*METHODS}:
+    if len(words) not in (1, 2):
         sys.exit(__doc__)
     out = ROOT / "docs" / f"evidence_{words[0]}.png"
     try:
         identities = read_identities(words[0])
         if len(words) == 1:
             plot(identities, out)
+        elif words[1] not in identities:
+            raise InputError(f"{words[0]}: no results of {words[1]}, only of {', '.join(identities)}")
     except InputError as error:
         sys.exit(str(error))
     except OSError as error:

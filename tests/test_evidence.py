@@ -41,7 +41,8 @@ def calls(monkeypatch):
             if script in self.failing:
                 return 1
             folder.mkdir(parents=True)
-            lines = [{"step": 2, "loss": 1.0, "feature_spread": 0.5, "effective_rank": 7.0}]
+            features = {"feature_spread": 0.5, "effective_rank": 7.0} if script != "finetune_basecaller" else {}
+            lines = [{"step": 2, "loss": 1.0} | features]
             for step, percent in ((2, 99.0), (3, 50.0)):
                 of = {"loss": 1.0, "identity_mean": percent, "identity_median": percent}
                 lines.append({"step": step} | {f"validation/{name}": value for name, value in of.items()})
@@ -159,6 +160,14 @@ def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_a
 
 def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch):
     monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
+    seconds = iter([10.0, 1.0, 20.0, 2.0])  # of labels, fine-tuning, MoCo, fine-tuning
+    took, complete = {}, evidence.complete
+
+    def timed(folder, *words):
+        complete(folder, *words)
+        return took.setdefault(folder, (f"commit{len(took)}", next(seconds) if folder not in took else 0))
+
+    monkeypatch.setattr(evidence, "complete", timed)
     assert main(args(methods=("simulated", "simulated+moco"))) == 0
     (first, labels), (last, _), (method, words), (_, then) = calls  # simulated labels once, for both arms
     assert (first, last, method) == ("finetune_basecaller", "finetune_basecaller", "moco")
@@ -169,7 +178,18 @@ def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch)
     alone, both = read_rows("small")
     assert int(both["pretraining_steps"]) == int(alone["pretraining_steps"]) + 1  # an epoch has one step
     assert both["pretrain_command"].startswith(f"{alone['pretrain_command']} && moco.py ")
-    assert float(both["pretraining_seconds"]) >= float(alone["pretraining_seconds"]) and both["effective_rank"] == "7.0"
+    assert (alone["pretraining_seconds"], both["pretraining_seconds"]) == ("10.0", "30.0")
+    assert (alone["pretraining_commit"], both["pretraining_commit"]) == ("commit0", "commit0 && commit2")
+    assert (alone["effective_rank"], both["effective_rank"]) == ("", "7.0")
+
+
+def test_when_the_method_after_simulated_labels_fails_their_row_is_there(place, args, calls, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
+    calls.failing = ("moco",)
+    assert main(args(methods=("simulated+moco", "simulated"))) == 1
+    assert [script for script, _ in calls] == ["finetune_basecaller", "moco", "finetune_basecaller"]
+    assert [row["arm"] for row in read_rows("small")] == ["simulated"]
+    assert "python moco.py" in capsys.readouterr().err
 
 
 def test_scratch_long_has_the_passes_of_both():

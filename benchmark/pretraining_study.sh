@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What was tried to make pretraining pay, behind docs/results.md: pretraining of the tiny size in several ways, then
 # 400 steps of fine-tuning with a tenth of the labels, validated on training reads set apart (--tune). $1 is the folder
-# that holds the reads, ../shared/data if not given. About 90 minutes of one core.
+# that holds the reads, ../shared/data if not given. About 95 minutes of one core.
 set -eu
 cd "$(dirname "$0")/.."
 data=${1:-../shared/data}

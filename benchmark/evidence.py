@@ -205,16 +205,17 @@ def pretraining(args, arm, seed, steps):
         if part == "simulated":
             recipe = finetune_basecaller.RECIPES[args.size]
             words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
-            total += (longer := as_many_steps(args, steps, recipe["batch_size"]))
-            words += ["--seed", seed, "--steps", longer]
+            passes = as_many_steps(args, steps, recipe["batch_size"])
+            words += ["--seed", seed, "--steps", passes]
             words += ["--lr", 2 * recipe["lr"]]  # --tune's best for all labels of tiny
+            total += passes
         else:
-            total += steps
             words = [f"{part}.py", "--data", *args.pretraining_data, "--size", args.size, "--chunk-len", CHUNK]
             words += ["--batch-size", BATCH, "--seed", seed, "--epochs", args.pretraining_epochs]
             recipe = RECIPES[part] | (GENTLE if commands else {})
             words += [word for name, value in recipe.items() for word in (f"--{name}", value)]
             words += ["--cosine", *(["--weights", result_of(commands[-1])] if commands else [])]
+            total += steps
         commands.append(shlex.join(map(str, words)))
     return " && ".join(commands), total
 

@@ -202,8 +202,8 @@ class PoreModel(nn.Module):
                 for m in (given, self)
             )
             raise InputError(
-                f"--weights {path}: a pore model with {found}, where this run has {wanted}: see --size and, of cpc.py "
-                "and finetune_basecaller.py, --encoder"
+                f"--weights {path}: a pore model with {found}, where this run has {wanted}: see --size, and --encoder "
+                "where there is one"
             ) from error
         return state
 

@@ -115,7 +115,8 @@ class Args:
     finetuning_steps: int = 400
     """of each arm but scratch-long"""
     lr: float | None = None
-    """highest learning rate of fine-tuning; the best of --tune, or else the script's, if not given"""
+    """highest learning rate of fine-tuning; the best of --tune, or else the script's, if not given. With --tune: the
+    only one to try"""
     tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """rather than the grid, find the learning rate for scratch at each of the fractions"""
 
@@ -231,7 +232,7 @@ def plan(args, pretraining_steps, batches):
     for seed in args.seeds:
         for arm in ["scratch"] if args.tune else args.methods:
             for fraction in args.fractions:
-                for lr in RATES if args.tune else [rates.get(fraction, default)]:
+                for lr in RATES if args.tune and not args.lr else [rates.get(fraction, default)]:
                     longer, batch = arm == "scratch-long", batches[fraction, seed]
                     steps = args.finetuning_steps + longer * as_many_steps(args, pretraining_steps, batch)
                     words = ["finetune_basecaller.py", "--data", *args.labelled_data, "--size", args.size]

@@ -217,6 +217,9 @@ def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, 
     assert main(args(tune=True)) == 0
     assert [float(words[words.index("--lr") + 1]) for _, words in calls] == list(evidence.RATES)
     assert all("--tune" in words for _, words in calls) and {row["split"] for row in read_rows("small")} == {"tune"}
+    calls.clear()
+    assert main(args(tune=True, lr=0.5)) == 0  # one more rate than the usual ones
+    assert [words[words.index("--lr") + 1] for _, words in calls] == ["0.5"]
     rows = [(0.1, 0.001, 40), (0.1, 0.002, 41), (1.0, 0.002, 70), (1.0, 0.008, 72), (1.0, 0.004, 71)]
     rows = [result(split="tune", fraction=f, lr=lr, identity_mean=identity) for f, lr, identity in rows]
     more = [(0.002, 69), (0.004, 72), (0.008, 70)]  # 8e-3 is best with seed 0, but not in the mean

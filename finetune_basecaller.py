@@ -58,6 +58,8 @@ class Args:
     """labelled reads: mapped-signal HDF5, Bonito folders, read stores, or folders of them; simulated reads if none"""
     weights: Path | None = None
     """a pretrained pore_model.pt, or another basecaller.pt, to start from; from scratch if not given"""
+    new_head: bool = False
+    """take the pore model alone of another basecaller.pt, not its head"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model, that of the weights; tiny trains on two cores"""
     encoder: Literal["wide", "thin"] = "wide"
@@ -228,10 +230,13 @@ def draw_calls(model, chunks, device, precision):
     return draw_read(signal[0], 0, rows)
 
 
-def load_weights(model, path):
-    """Puts the weights at `path`, a pore model or a basecaller, into `model`, a Basecaller. InputError if neither."""
+def load_weights(model, path, new_head):
+    """Puts the weights at `path`, a pore model or a basecaller, into `model`, a Basecaller. InputError if neither.
+
+    With new_head the head stays as it is.
+    """
     state = model.pore_model.load_weights(path)
-    if "head.weight" in state:
+    if "head.weight" in state and not new_head:
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -246,7 +251,7 @@ def main(args):
     device = pick_device(args.device)
     model = Basecaller(PoreModel.of_size(args.size, args.dropout, args.encoder)).to(device)
     if args.weights and not args.resume:
-        load_weights(model, args.weights)
+        load_weights(model, args.weights, args.new_head)
     if args.tune and args.shared_data:
         raise InputError("--tune: validates on the one read in six that --shared-data trains on; leave one of them out")
     stores = open_data(args.data)

@@ -20,7 +20,8 @@ gradient and two without, which count a third. The other methods have fewer.
 simulated is no self-supervised method but a yardstick: a basecaller trained on simulated reads and their labels, for as
 many steps as scratch-long has more than scratch, and then fine-tuned, pore model and head, the pore model at a quarter
 of the rate. Where the data are simulated, too, it is what more labels would bring. simulated+moco goes on from there
-with MoCo on the raw reads, and is fine-tuned as simulated is; likewise the other methods.
+with MoCo on the raw reads, and is fine-tuned as simulated is, but with a new head; likewise the other methods. Their
+control is simulated-new-head, which has no such stage, and no head of the simulated reads either.
 
 --tune searches the learning rate of training from scratch on a part of the training reads. The grid takes the best of
 each label fraction, in the mean over seeds, for all arms: the baseline is tuned, and the methods have to do with what
@@ -84,7 +85,7 @@ RECIPES = {
 }
 GENTLE = {"lr": 1e-4}  # on top of a recipe, to go on from weights that know bases already; the first rate tried
 METHODS = ("scratch", "scratch-long", "simulated", *RECIPES)
-ARMS = (*METHODS, *(f"simulated+{method}" for method in RECIPES))
+ARMS = (*METHODS, "simulated-new-head", *(f"simulated+{method}" for method in RECIPES))
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 KEY = ("pretrain_command", "finetune_command")  # what determines a result: as run, but for folders
 COLUMNS = (
@@ -105,7 +106,7 @@ class Args:
     size: Literal["thesis", "small", "tiny"] = "tiny"
     """size of the pore model"""
     methods: tuple[Literal[ARMS], ...] = METHODS
-    """what to compare; further arms are simulated+METHOD"""
+    """what to compare; further arms are simulated-new-head and simulated+METHOD"""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     """shares of the labelled reads to train on"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -190,6 +191,11 @@ def stages(pretrain_command):
     return re.split(r" && (?=\w+\.py )", pretrain_command) if pretrain_command else []
 
 
+def parts(arm):
+    """What pretrains an arm, one after another."""
+    return arm.removesuffix("-new-head").split("+")
+
+
 def as_many_steps(args, pretraining_steps, batch):
     """How many steps of fine-tuning, of `batch` chunks, take as much as pretraining."""
     per_step = PASSES * BATCH * CHUNK / (batch * finetune_basecaller.RECIPES[args.size]["chunk_len"])
@@ -202,7 +208,7 @@ def pretraining(args, arm, seed, steps):
     These are `steps` of a method, as many passes of simulated labels, or both.
     """
     commands, total = [], 0
-    for part in arm.split("+"):
+    for part in parts(arm):
         if part == "simulated":
             recipe = finetune_basecaller.RECIPES[args.size]
             words = ["finetune_basecaller.py", "--data", simulated_reads("pretraining"), "--size", args.size]
@@ -249,6 +255,7 @@ def plan(args, pretraining_steps, batches):
                         )
                         words += ["--weights", result_of(stages(row["pretrain_command"])[-1])]
                         words += ["--pore-model-lr", lr / 4] if arm.startswith("simulated") else []
+                        words += ["--new-head"] if arm.endswith("-new-head") else []
                     jobs.append(row | {"finetune_command": shlex.join(map(str, words))})
     return jobs
 
@@ -335,7 +342,7 @@ def pretrain(row):
 
     None if another process is at it right now.
     """
-    arms, commands, done, folder = row["arm"].split("+"), stages(row["pretrain_command"]), [], None
+    arms, commands, done, folder = parts(row["arm"]), stages(row["pretrain_command"]), [], None
     for number, command in enumerate(commands, 1):
         until = row | {"arm": "+".join(arms[:number]), "pretrain_command": " && ".join(commands[:number])}
         before, folder = folder, run_folder(until, "pretrain_command")

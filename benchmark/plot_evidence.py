@@ -30,6 +30,7 @@ NAMES = {
     "scratch": "from scratch",
     "scratch-long": "from scratch, longer",
     "simulated": "simulated reads, labelled",
+    "simulated-new-head": "the same, its head left out",
     "cpc": "CPC",
     "simclr": "SimCLR",
     "moco": "MoCo",
@@ -42,6 +43,7 @@ NAMES |= {f"simulated+{arm}": f"simulated, then {NAMES[arm]}" for arm in RECIPES
 THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
 LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(RECIPES, [*COLOURS[:6], "#8C6D31"], strict=True)}
 LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s"), "simulated": ("grey", ":", "s")}
+LOOKS |= {"simulated-new-head": ("grey", ":", "o")}
 LOOKS |= {f"simulated+{arm}": (LOOKS[arm][0], ":", "^") for arm in RECIPES}
 
 

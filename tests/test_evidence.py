@@ -160,7 +160,7 @@ def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_a
 
 def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch):
     monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
-    seconds = iter([10.0, 1.0, 20.0, 2.0])  # of labels, fine-tuning, MoCo, fine-tuning
+    seconds = iter([10.0, 1.0, 20.0, 2.0, 1.0])  # of labels, fine-tuning, MoCo, fine-tuning twice
     took, complete = {}, evidence.complete
 
     def timed(folder, *words):
@@ -169,7 +169,7 @@ def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch)
 
     monkeypatch.setattr(evidence, "complete", timed)
     assert main(args(methods=("simulated", "simulated+moco"))) == 0
-    (first, labels), (last, _), (method, words), (_, then) = calls  # simulated labels once, for both arms
+    (first, labels), (last, with_head), (method, words), (_, then) = calls  # simulated labels once, for both arms
     assert (first, last, method) == ("finetune_basecaller", "finetune_basecaller", "moco")
     assert words[words.index("--weights") + 1] == f"{labels[labels.index('--run-dir') + 1]}/basecaller_last.pt"
     assert float(words[words.index("--lr") + 1]) == 1e-4
@@ -181,6 +181,10 @@ def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch)
     assert (alone["pretraining_seconds"], both["pretraining_seconds"]) == ("10.0", "30.0")
     assert (alone["pretraining_commit"], both["pretraining_commit"]) == ("commit0", "commit0 && commit2")
     assert (alone["effective_rank"], both["effective_rank"]) == ("", "7.0")
+    calls.clear()
+    assert main(args(methods=("simulated-new-head",))) == 0  # from the same weights, but for the head
+    ((_, without),) = calls
+    assert set(without) ^ set(with_head) == {"--new-head", *(words[-1] for words in (without, with_head))}
 
 
 def test_when_the_method_after_simulated_labels_fails_their_row_is_there(place, args, calls, monkeypatch, capsys):

@@ -215,6 +215,18 @@ def test_a_basecaller_is_gone_on_with_head_and_all(simulated, tmp_path):
     assert all(0 < by < 2e-4 for by in moved.values()) and "head.weight" in moved  # one step of AdamW
 
 
+def test_of_a_basecaller_the_pore_model_alone_is_gone_on_with(simulated, tmp_path):
+    first = Basecaller(PoreModel.of_size("tiny"))
+    torch.save(first.state_dict(), tmp_path / "basecaller.pt")
+    torch.save(first.pore_model.state_dict(), tmp_path / "pore_model.pt")
+    states = []
+    for name, new_head in (("basecaller", True), ("pore_model", False)):
+        settings = {"weights": tmp_path / f"{name}.pt", "new_head": new_head, "warmup_steps": 0, "max_steps": 1}
+        main(small_args(simulated, tmp_path / name, **settings))
+        states.append(torch.load(tmp_path / name / "basecaller_last.pt", weights_only=True))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(simulated, tmp_path, monkeypatch):
     """--resume needs no --encoder, and basecaller.pt tells that it is thin."""
     pretrained, run = PoreModel.of_size("tiny", encoder="thin"), tmp_path / "run"

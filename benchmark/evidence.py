@@ -165,7 +165,7 @@ def key(row):
 def best_rates(args):
     """{fraction: the learning rate with the highest mean identity among --tune's rows of this size and steps}.
 
-    The mean is over those seeds that all rates of the fraction have been tried with.
+    InputError if the rates of a fraction have been tried with different seeds, so that their means do not compare.
     """
     found, best = {}, {}
     for row in read_rows(args.name):
@@ -173,8 +173,14 @@ def best_rates(args):
             seeds = found.setdefault(float(row["fraction"]), {}).setdefault(float(row["lr"]), {})
             seeds[row["seed"]] = float(row["identity_mean"])
     for fraction, rates in found.items():
-        if seeds := set.intersection(*map(set, rates.values())):
-            best[fraction] = max((statistics.mean(rates[lr][seed] for seed in seeds), lr) for lr in rates)[1]
+        for lr, seeds in rates.items():
+            if missing := set().union(*rates.values()) - seeds.keys():
+                raise InputError(
+                    f"{args.name}: no row of --tune at {fraction} of the labels with lr {lr} and seed "
+                    f"{', '.join(sorted(missing))}, with which other rates have been tried: let --tune end first"
+                )
+        means = {lr: statistics.mean(seeds.values()) for lr, seeds in rates.items()}
+        best[fraction] = max(means, key=means.get)
     return best
 
 

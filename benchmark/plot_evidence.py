@@ -12,6 +12,7 @@ prints the table with the gains over that arm, and draws nothing.
 """
 
 import math
+import re
 import statistics
 import sys
 
@@ -40,6 +41,8 @@ NAMES = {
     "barlow": "Barlow Twins",
 }
 NAMES |= {f"simulated+{arm}": f"simulated, then {NAMES[arm]}" for arm in RECIPES}
+# what commands of fine-tuning may differ in: the first three are in the table, the others by arm, or compared below
+DIFFERS = r" --(label-fraction|seed|weights|steps|lr|pore-model-lr|batch-size) \S+| --new-head"
 THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
 LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(RECIPES, [*COLOURS[:6], "#8C6D31"], strict=True)}
 LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s"), "simulated": ("grey", ":", "s")}
@@ -65,8 +68,11 @@ def read_identities(name):
     for row in rows:
         arm, fraction, seed = row["arm"], float(row["fraction"]), int(row["seed"])
         _compare(first.setdefault((arm, fraction, seed), row), row, KEY)
+        row |= {"pretraining": re.sub(r" --seed \S+", "", row["pretrain_command"])}
+        row |= {"fine-tuning": re.sub(DIFFERS, "", row["finetune_command"])}
         # one arm's lines and its scratch should differ in nothing but pretraining
-        _compare(first.setdefault(arm, row), row, ("size", "pretraining_steps"))
+        _compare(first.setdefault(arm, row), row, ("size", "pretraining_steps", "pretraining"))
+        _compare(first.setdefault("all", row), row, ("fine-tuning",))
         # seeds have other reads, perhaps smaller batches, and scratch-long then more steps
         same_steps = (arm, fraction, seed if arm == "scratch-long" else None)
         _compare(steps.setdefault(same_steps, row), row, ("finetuning_steps",))

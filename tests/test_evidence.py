@@ -206,7 +206,8 @@ def result(**changes):
     row = dict.fromkeys(COLUMNS, "") | {"name": "small", "arm": "scratch", "fraction": 1.0, "seed": 0, "size": "tiny"}
     row |= {"split": "validation", "finetuning_steps": 2, "lr": 0.002, "identity_mean": 50.0} | changes
     # the commands differ where the rows do, as they would
-    return row | {"finetune_command": f"{row['arm']} {row['fraction']} {row['seed']} {row['lr']} {row['split']}"}
+    words = f"--label-fraction {row['fraction']} --seed {row['seed']} --lr {row['lr']} --weights {row['arm']}"
+    return row | {"finetune_command": f"finetune_basecaller.py {words}{' --tune' * (row['split'] == 'tune')}"}
 
 
 def write(rows, host="here"):
@@ -228,7 +229,6 @@ def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, 
     rows = [result(split="tune", fraction=f, lr=lr, identity_mean=identity) for f, lr, identity in rows]
     more = [(0.002, 69), (0.004, 72), (0.008, 70)]  # 8e-3 is best with seed 0, but not in the mean
     rows += [result(split="tune", fraction=1.0, lr=lr, identity_mean=identity, seed=1) for lr, identity in more]
-    rows += [result(split="tune", fraction=0.1, lr=0.001, identity_mean=60, seed=1)]  # alone: does not compare
     write([*rows, result(split="tune", lr=0.001, identity_mean=99, finetuning_steps=9), result(identity_mean=99)])
     shutil.rmtree(evidence.RUNS)
     for path in evidence.RESULTS.glob("small-*.csv"):
@@ -242,6 +242,9 @@ def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, 
         ("barlow", 0.004),
     ]
     assert {job["lr"] for job in plan(args(lr=0.5), 1, BATCHES)} == {0.5}
+    write([result(split="tune", fraction=0.1, lr=0.001, identity_mean=60, seed=1)], "there")  # alone: does not compare
+    with pytest.raises(InputError, match=r"no row of --tune at 0.1 of the labels with lr 0.002 and seed 1, "):
+        plan(args(fractions=(0.1, 1.0)), 1, BATCHES)
 
 
 def test_the_interval_is_students():
@@ -275,6 +278,24 @@ def test_table_and_picture_pair_the_seeds(place, monkeypatch):
     assert [line.get_ydata()[0] for line in hollow] == [0.3]
     monkeypatch.undo()
     plt.close("all")
+
+
+def test_rows_of_other_data_or_settings_are_refused(place):
+    """Commands may differ in what the table has a place for, and between arms in how the weights came about."""
+    rows = [
+        result(arm="barlow", seed=s) | {"pretrain_command": f"barlow.py --data a.pod5 --seed {s}"} for s in range(3)
+    ]
+    write([result(), *rows])
+    assert {arm: list(found[1.0]) for arm, found in read_identities("small").items()} == {
+        "scratch": [0],
+        "barlow": [0, 1, 2],
+    }
+    for column, old, new in (("pretrain_command", "a.pod5", "b.pod5"), ("finetune_command", "--lr", "--tail 5 --lr")):
+        write([result(), *rows[:2], rows[2] | {column: rows[2][column].replace(old, new)}])
+        with pytest.raises(
+            InputError, match=r"barlow, 1.0 of the labels, seed 2 do not compare: (pretrain|fine-tun)ing"
+        ):
+            read_identities("small")
 
 
 @pytest.mark.parametrize("column", ["finetune_command", "lr", "size", "finetuning_steps"])

@@ -268,11 +268,12 @@ def plan(args, pretraining_steps, batches):
 
 @contextlib.contextmanager
 def locked(path):
-    """Whether this process has the lock `path`, until the end; the system unlocks it however the process ends."""
+    """Whether this process has the lock `path`, until it and the scripts that it calls have ended, however they do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
+        os.set_inheritable(file.fileno(), True)  # a script may outlive this process, if that is killed
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             yield False
         else:
@@ -281,7 +282,8 @@ def locked(path):
 
 def call(words):
     """Runs a script to its end; its messages are shown. Ctrl-C lets it end with a checkpoint first."""
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    child = subprocess.Popen(words, **silent, process_group=0, close_fds=False)  # with the locks
     try:
         return child.wait()
     except KeyboardInterrupt:

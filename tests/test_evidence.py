@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +127,7 @@ def test_a_failed_job_is_named_and_the_others_are_done(place, args, calls, capsy
 def test_a_job_of_another_process_is_left_to_it(place, args, calls, monkeypatch):
     (row,) = plan(args(methods=("barlow",)), 2, BATCHES)  # an epoch has one step
     pretrained = evidence.run_folder(row, "pretrain_command")
-    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     lock = pretrained.with_name(pretrained.name + ".lock")
     lock.parent.mkdir(parents=True)
     words = [sys.executable, "-c", holder, str(lock)]
@@ -135,6 +137,29 @@ def test_a_job_of_another_process_is_left_to_it(place, args, calls, monkeypatch)
         monkeypatch.setattr(evidence.time, "sleep", lambda seconds: other.communicate(b"\n"))
         assert main(args(methods=("barlow", "scratch"))) == 0
     assert [row["arm"] for row in read_rows("small")] == ["scratch", "barlow"]  # others first, then it
+
+
+def test_a_script_that_outlives_a_killed_process_keeps_the_lock(tmp_path):
+    lock = tmp_path / "lock"
+    parent = f"""if True:
+        import pathlib, sys
+        from benchmark import evidence
+        with evidence.locked(pathlib.Path({str(lock)!r})) as mine:
+            print(mine, flush=True)
+            evidence.subprocess.DEVNULL = None  # so that the end of the script can be waited for
+            evidence.call([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
+    """
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "True\n"
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        with evidence.locked(lock) as mine:
+            assert not mine
+        os.kill(child, signal.SIGKILL)
+        assert not process.stdout.read()  # both have ended
+    with evidence.locked(lock) as mine:
+        assert mine
 
 
 def test_the_key_has_no_run_folders(args, monkeypatch):

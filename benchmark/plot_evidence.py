@@ -3,8 +3,8 @@
 python -m benchmark.plot_evidence real
 
 reads benchmark/results/real-*.csv and draws docs/evidence_real.png. Intervals are of 95 %, by Student's t over
-three seeds or more; differences to scratch are taken seed by seed. In the picture each seed is a dot, lines go through
-the means, and intervals that are wider than the dots lie apart are cut off.
+three seeds or more; differences are taken seed by seed. In the picture each seed is a dot, lines go through the means,
+and intervals that are wider than the dots lie apart are cut off.
 
 python -m benchmark.plot_evidence real simulated
 
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmark.evidence import ARMS, KEY, RECIPES, ROOT, read_rows
+from benchmark.evidence import ARMS, KEY, METHODS, RECIPES, ROOT, read_rows
 from benchmark.plot_runs import COLOURS
 from common import InputError
 
@@ -31,7 +31,7 @@ NAMES = {
     "scratch": "from scratch",
     "scratch-long": "from scratch, longer",
     "simulated": "simulated reads, labelled",
-    "simulated-new-head": "the same, its head left out",
+    "simulated-new-head": "simulated, new head",
     "cpc": "CPC",
     "simclr": "SimCLR",
     "moco": "MoCo",
@@ -46,8 +46,8 @@ DIFFERS = r" --(label-fraction|seed|weights|steps|lr|pore-model-lr|batch-size) \
 THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
 LOOKS = {arm: (colour, "-", "o") for arm, colour in zip(RECIPES, [*COLOURS[:6], "#8C6D31"], strict=True)}
 LOOKS |= {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s"), "simulated": ("grey", ":", "s")}
-LOOKS |= {"simulated-new-head": ("grey", ":", "o")}
 LOOKS |= {f"simulated+{arm}": (LOOKS[arm][0], ":", "^") for arm in RECIPES}
+CONTROL = "simulated-new-head"
 
 
 def interval(values):
@@ -126,44 +126,55 @@ def _words(values, sign):
 
 
 def plot(identities, out):
-    """Draws identity against label fraction, and the gains over scratch, to the file `out`."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    gained = gains(identities)
-    lists = {arm: {f: list(seeds.values()) for f, seeds in found.items()} for arm, found in identities.items()}
-    for axis, arms in ((left, lists), (right, gained)):
-        for place, (arm, found) in enumerate(arms.items()):
-            colour, style, marker = LOOKS[arm]
-            apart = 1.035 ** (place - (len(arms) - 1) / 2)  # so that bars do not hide each other
-            x = [fraction * apart for fraction in found]
-            means, halves = zip(*map(interval, found.values()), strict=True)
-            halves = [0 if math.isnan(half) else half for half in halves]
-            label = NAMES[arm] if axis is left else None
-            axis.errorbar(x, means, halves, color=colour, linestyle=style, lw=1, capsize=2, label=label)
-            for at, values in zip(x, found.values(), strict=True):
-                axis.plot([at] * len(values), values, marker, color=colour, ms=3.5)
-            if axis is right and arm in THESIS and 1.0 in found:
-                axis.plot(apart * 1.25, THESIS[arm], "D", color=colour, fillstyle="none")
-        fractions = sorted({fraction for found in arms.values() for fraction in found})
-        values = [value for found in arms.values() for seeds in found.values() for value in seeds]
-        low, high = min(values, default=0), max(values, default=0)
-        axis.set(xscale="log", xlabel="share of the labelled reads")
-        if axis is right:
-            axis.set_yscale("symlog", linthresh=1)  # failed runs lie far below, the differences of interest about 0
-            axis.set_yticks([-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20])
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.set_ylim(1.5 * min(low, -1), 1.5 * max(high, 1))
-        else:
-            axis.set_ylim(max(low - 3, 0), min(high + 3, 100))
-        axis.xaxis.set_major_locator(FixedLocator(fractions))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels(map(percent, fractions))
-        axis.grid(alpha=0.3)
+    """Draws identity against label fraction and the gains over scratch to the file `out`.
+
+    Those that go on from simulated labels, if any, have a part of their own: gains over the same start without them.
+    """
+    gained, after = gains(identities), gains(identities, CONTROL)
+    after = {arm: found for arm, found in after.items() if "+" in arm}
+    figure, (left, right, *last) = plt.subplots(1, 2 + bool(after), figsize=(14, 4.8), layout="constrained")
     left.set_ylabel("mean identity (%)")
     right.set_ylabel("gain over scratch (points of identity)\nhollow: the thesis, all labels")
-    right.axhline(0, color="black", linewidth=0.8)
+    _draw(
+        left, {arm: {f: list(s.values()) for f, s in identities[arm].items()} for arm in METHODS if arm in identities}
+    )
+    _draw(right, {arm: gained[arm] for arm in METHODS if arm in gained})
+    for place, (arm, points) in enumerate(THESIS.items()):
+        if 1.0 in gained.get(arm, {}):
+            right.plot(1.25 * 1.06**place, points, "D", color=LOOKS[arm][0], fillstyle="none")
+    low, high = (pick([x for found in gained.values() for s in found.values() for x in s] + [0]) for pick in (min, max))
+    right.set_yscale("symlog", linthresh=1)  # failed runs lie far below, the differences of interest about 0
+    right.set_yticks([-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20])
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set_ylim(1.5 * min(low, -1), 1.5 * max(high, 1))
+    for axis in last:
+        axis.set_ylabel("gain of a method after simulated labels\nover the same start without it")
+        _draw(axis, after)
+    for axis in (right, *last):
+        axis.axhline(0, color="black", linewidth=0.8)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, handles=left.get_legend_handles_labels()[0])
     figure.savefig(out, dpi=130)
     plt.close(figure)
+
+
+def _draw(axis, arms):
+    """Each seed of {arm: {fraction: values}} as a dot, lines through the means, and their intervals."""
+    for place, (arm, found) in enumerate(arms.items()):
+        colour, style, marker = LOOKS[arm]
+        apart = 1.035 ** (place - (len(arms) - 1) / 2)  # so that bars do not hide each other
+        x = [fraction * apart for fraction in found]
+        means, halves = zip(*map(interval, found.values()), strict=True)
+        halves = [0 if math.isnan(half) else half for half in halves]
+        axis.errorbar(x, means, halves, color=colour, linestyle=style, lw=1, capsize=2, label=NAMES[arm])
+        for at, values in zip(x, found.values(), strict=True):
+            axis.plot([at] * len(values), values, marker, color=colour, ms=3.5)
+    values = [x for found in arms.values() for some in found.values() for x in some] or [0]
+    fractions = sorted({fraction for found in arms.values() for fraction in found})
+    axis.set(xscale="log", xlabel="share of the labelled reads", ylim=(min(values) - 3, min(max(values) + 3, 100)))
+    axis.xaxis.set_major_locator(FixedLocator(fractions))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticklabels(map(percent, fractions))
+    axis.grid(alpha=0.3)
 
 
 def main(words):

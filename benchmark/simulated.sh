@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What worked best with few labelled R9.4 reads: train a basecaller on simulated reads and their labels, then go on with
+# What worked with few labelled R9.4 reads: train a basecaller on simulated reads and their labels, then go on with
 # a tenth of the labelled ones in $1. docs/results.md has what it brings. With one read or two, halve the rates and give
 # a --batch-size that they can fill, as benchmark/evidence.py does. About 11 minutes of one core.
 set -eu

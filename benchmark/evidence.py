@@ -293,7 +293,7 @@ def call(words):
 
 
 def complete(folder, command, result):
-    """Runs `command` in `folder` until `result` is there, going on from a checkpoint. (commit, seconds) it took.
+    """Runs `command` in `folder` until `result` is there, going on from a checkpoint. (commits, seconds) it took.
 
     InputError if it fails.
     """
@@ -315,7 +315,7 @@ def complete(folder, command, result):
         if code or not (folder / result).exists():
             raise InputError(f"python {command} failed, with exit code {code}")
     lines = [json.loads(line) for line in attempts.read_text().splitlines()] if attempts.exists() else []
-    return (lines[-1]["commit"] if lines else ""), round(sum(line["seconds"] for line in lines), 1)
+    return ", ".join(dict.fromkeys(line["commit"] for line in lines)), round(sum(line["seconds"] for line in lines), 1)
 
 
 def current_commit():

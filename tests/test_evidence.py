@@ -112,9 +112,12 @@ def test_a_stopped_pretraining_is_resumed_and_one_without_checkpoint_begins_anew
     complete(run, command, "pore_model.pt")
     (run / "pore_model.pt").unlink()
     log = (run / "args.json").stat().st_mtime_ns
-    complete(run, command, "pore_model.pt")
+    attempts = run / "attempts.jsonl"
+    attempts.write_text(json.dumps({"commit": "before", "seconds": 1000.0}) + "\n")
+    commits, seconds = complete(run, command, "pore_model.pt")
+    assert commits == f"before, {evidence.current_commit()}" and seconds > 1000
     assert (run / "pore_model.pt").exists() and (run / "args.json").stat().st_mtime_ns == log  # not made again
-    assert len((run / "attempts.jsonl").read_text().splitlines()) == 2
+    assert len(attempts.read_text().splitlines()) == 2
 
 
 def test_a_failed_job_is_named_and_the_others_are_done(place, args, calls, capsys):

@@ -304,6 +304,12 @@ def test_table_and_picture_pair_the_seeds(place, monkeypatch):
     assert len(left.containers) == 2 and len(right.containers) == 1
     hollow = [line for line in right.lines if line.get_fillstyle() == "none"]
     assert [line.get_ydata()[0] for line in hollow] == [0.3]
+    write([*rows, result(arm="simulated-new-head", identity_mean=70), result(arm="simulated+moco", identity_mean=71)])
+    plot_evidence.plot(read_identities("small"), place / "picture.png")
+    left, right, last = plt.gcf().axes
+    assert len(left.containers) == 2 and len(right.containers) == 1  # as before
+    ((line, *_),) = last.containers
+    assert line.get_ydata() == [1]
     monkeypatch.undo()
     plt.close("all")
 

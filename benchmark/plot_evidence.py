@@ -132,7 +132,8 @@ def plot(identities, out):
     """
     gained, after = gains(identities), gains(identities, CONTROL)
     after = {arm: found for arm, found in after.items() if "+" in arm}
-    figure, (left, right, *last) = plt.subplots(1, 2 + bool(after), figsize=(14, 4.8), layout="constrained")
+    parts = 2 + bool(after)
+    figure, (left, right, *last) = plt.subplots(1, parts, figsize=(4.7 * parts, 4.8), layout="constrained")
     left.set_ylabel("mean identity (%)")
     right.set_ylabel("gain over scratch (points of identity)\nhollow: the thesis, all labels")
     _draw(

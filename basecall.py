@@ -30,14 +30,18 @@ import numpy as np
 import pysam
 import torch
 import tyro
+from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from common import InputError
-from common.data import ALPHABET, Rejected, count_reads, listed, normalised, raw_files, reads_of
-from common.files import written_whole
-from common.pore_model import HOP, frames_of
-from common.run import autocast, load_tensors, parse_args, pick_device
-from finetune_basecaller import STEPS_PER_FRAME, Basecaller, best_path
+from common.args import parse_args
+from common.ctc import ALPHABET, best_path
+from common.device import autocast, pick_device
+from common.pore_model import HOP, frames_of, load_tensors
+from common.reads.files import written_whole
+from common.reads.formats import Rejected, count_reads, listed, raw_files, reads_of
+from common.reads.normalise import normalised
+from finetune_basecaller import STEPS_PER_FRAME, Basecaller
 
 STRIDE = HOP // STEPS_PER_FRAME  # samples a time step
 BASES = bytes.maketrans(ALPHABET.encode(), bytes(range(len(ALPHABET))))  # letters to their places in ALPHABET
@@ -52,16 +56,16 @@ class Args:
     """raw reads: POD5, FAST5, mapped-signal HDF5, or folders of them"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """the file to write: .fastq, .fastq.gz or .bam; - writes FASTQ to standard output"""
-    beam_size: int = 1
+    beam_size: PositiveInt = 1
     """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality"""
-    attention_window: int | None = None
+    attention_window: PositiveInt | None = None
     """samples to either side that a frame attends to; if not given, half of the chunk length in training, out of the
     args.json beside the weights, or 600 where there is none"""
-    chunk_len: int = 3600
+    chunk_len: PositiveInt = 3600
     """samples a chunk"""
-    overlap: int = 400
+    overlap: NonNegativeInt = 400
     """samples that neighbouring chunks share"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """chunks at a time, of as many reads as it takes; as large as the memory allows is fastest on a GPU"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""

@@ -1,50 +1,67 @@
-"""BYOL on raw nanopore current (Grill et al. 2020, "Bootstrap Your Own Latent: A New Approach to Self-Supervised
-Learning"; 2021 thesis).
+"""BYOL on raw nanopore current.
 
-Two random views of each chunk go through an online network (pore model, head, predictor) and a target network (pore
-model, head) that follows the online one as a slow moving average. From each view the online network has to predict
-what the target says of the other. There are no negatives; the predictor and the slow target keep it from collapsing.
+Grill et al. 2020, "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning",
+https://arxiv.org/abs/2006.07733
 
-    loss = 2 - cos(r1, h2) - cos(r2, h1)      r: target's representations, no gradient; h: online predictions
-    xi <- m xi + (1 - m) theta                (paper, eq. 1; the loss is half of eq. 2 and its mirror image, added)
+Two random views of each chunk (white noise, then randomly dropped samples) go through an online network (pore model,
+projector, predictor) and a target network (pore model, projector), an exponential moving average (EMA) of the online
+one. From each view the online network has to predict the target's embedding of the other. There are no negatives;
+predictor and EMA keep the features from collapsing. Projectors and predictor are thrown away at the end, and both pore
+models saved: the thesis tried both in the basecaller.
+
+    loss = 2 - cos(target1, online2) - cos(target2, online1)
+        online: predictions; target: the target's embeddings, no gradient (half of paper's eq. 2 and its mirror image)
+    xi <- m xi + (1 - m) theta                                              (paper, eq. 1)
 
 Departures
-1. From the thesis: its pseudo-code feeds the target network the online network's output. Here the target sees the other
-   augmented view, as in the paper.
-2. From the paper: the loss is half of its ||q - z||^2, so that it goes from 2 (unrelated) to 0 (equal), as in the
-   thesis; the momentum m is constant, as in the thesis, and does not rise to 1.
-3. From the paper: Adam at a constant rate, not LARS; --warmup-steps and --cosine give the schedule.
-4. From the paper: head and predictor are R wide throughout, as in the thesis, not 4096 within and 256 at the end.
-5. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
-   widths of the head that the thesis leaves open are chosen (see RepresentationHead), as is the batch size.
-6. The target's pore model has no dropout: the aim should not depend on chance. Its BatchNorm uses its own batch.
-
-pore_model.pt holds the online pore model, target_pore_model.pt the target's: the thesis tried both in the basecaller.
+1. From the thesis, whose pseudo-code feeds the target the online output: the target sees the other view.
+2. From the paper: the loss is half of its ||q - z||^2, from 2 (unrelated) to 0 (equal); m does not rise to 1; projector
+   and predictor are R wide throughout, not 4096 within and 256 at the end. All three as in the thesis.
+3. From the paper: Adam at a constant learning rate, not LARS; --warmup-steps and --cosine give the schedule.
+4. The target's pore model has no dropout: what is predicted should not depend on chance. Its BatchNorm uses its batch.
 
     python byol.py --data reads/ --lr 3e-4 --batch-size 64
 """
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
-from common import InputError
-from common.augment import EXTRA, view
-from common.data import Chunks, open_data
-from common.distributed import all_gather, average_gradients
+from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, Share, parse_args
+from common.augment import drop_points, noise
+from common.chunks import Chunks, open_data
+from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step
 from common.metrics import effective_rank, feature_spread
-from common.pore_model import MaskedBatchNorm1d, PoreModel, RepresentationHead
-from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
+from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
+from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 
 
 @dataclass
 class Args:
+    # Arguments of the method
+    momentum: Share = 0.998
+    """m, how much of the target's weights stays at each step; it follows about 1 / (1 - m) steps behind"""
+    embedding_dim: PositiveInt = 1024
+    """R, dimensions of the embeddings and width of the predictor"""
+    batch_size: BatchSize = 64
+    """chunks a step; there are no negatives, so small batches do"""
+    lr: PositiveFloat = 3e-4
+    """learning rate"""
+    dropout: Probability = 0.1
+    """of the online pore model"""
+    noise_factor: NonNegativeFloat = 0.25
+    """standard deviation of the noise added to a view, in normalised units"""
+    drop_chance: ProbabilityRange = (0.25, 0.38)
+    """each view drops samples with a chance drawn between these two"""
+
     # Shared arguments: equal in all methods
     data: tuple[Path, ...] = ()
     """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
@@ -54,23 +71,17 @@ class Args:
     """a pore_model.pt, or a basecaller.pt, to start from; from random weights if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
-    chunk_len: int = 3600
+    chunk_len: ChunkLength = 3600
     """samples a chunk"""
-    noise_factor: float = 0.25
-    """standard deviation of the noise added to a view, in normalised units"""
-    drop_chance: tuple[float, float] = (0.25, 0.38)
-    """each view drops samples with a chance drawn between these two"""
-    extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
-    """further augmentations, before noise and drop-point; docs/augmentations.md has pictures of them"""
-    epochs: int = 50
+    epochs: PositiveInt = 50
     """passes over the training reads"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """stop early, after this many steps"""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises from 0"""
     cosine: bool = False
     """let the learning rate fall to 0 as a cosine over all epochs"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """of weights, order of the chunks, views and dropout"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
@@ -82,184 +93,165 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: int = 100
+    checkpoint_every: PositiveInt = 100
     """steps between checkpoints"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
-    # End of shared arguments
-
-    # Method specific arguments
-    batch_size: int = 64
-    """chunks a step; there are no negatives, so small batches do"""
-    lr: float = 3e-4
-    """learning rate"""
-    representation: int = 1024
-    """R, dimensions of the representation and width of the predictor"""
-    momentum: float = 0.998
-    """m, how much of the target's weights stays at each step; it follows about 1 / (1 - m) steps behind"""
 
 
-# Predictor: equal in simsiam.py and byol.py
-class Predictor(nn.Sequential):
-    """Linear -> BatchNorm -> ReLU -> Linear, all R wide: the shape of the head's projection."""
+class Projector(nn.Module):
+    """Context of a chunk (N, T, C) to its embedding (N, R): thesis figure 5.1, which leaves widths C / 8 and R open."""
 
-    def __init__(self, representation):
-        super().__init__(
-            nn.Linear(representation, representation),
-            MaskedBatchNorm1d(representation),  # nothing is masked, but it sees the batch of all processes
+    def __init__(self, channels, chunk_len, embedding_dim):
+        super().__init__()
+        self.frames = frames_of(chunk_len)
+        self.conv = ConvBlock(channels, channels // 8, 7, 1, F.relu)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels // 8 * (self.frames // 4), embedding_dim),
+            MaskedBatchNorm1d(embedding_dim),
             nn.ReLU(),
-            nn.Linear(representation, representation),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
+
+    def forward(self, context, lengths):
+        x = self.conv(context.transpose(1, 2), lengths)  # (N, C / 8, T)
+        x = pad_frames(x, self.frames)  # views are shorter than the chunk, since they drop samples
+        return self.mlp(F.max_pool1d(x, 4).flatten(1))
+
+
+class Predictor(nn.Sequential):
+    """Linear -> BatchNorm -> ReLU -> Linear, all R wide: the shape of the projector's MLP."""
+
+    def __init__(self, embedding_dim):
+        super().__init__(
+            nn.Linear(embedding_dim, embedding_dim),
+            MaskedBatchNorm1d(embedding_dim),  # nothing is masked, but it sees the batch of all processes
+            nn.ReLU(),
+            nn.Linear(embedding_dim, embedding_dim),
         )
 
 
-# End of predictor
+def byol_loss(online1, online2, target1, target2):
+    """BYOL's loss of the online predictions and the target's embeddings of two views, each (N, R).
 
-
-def byol_loss(h1, h2, r1, r2):
-    """BYOL's loss of the online predictions h1, h2 (N, R) and the target's representations r1, r2 (N, R) of two views.
-
-    2 - cosine1 - cosine2. It is 0 for equal views and for collapsed ones alike: feature spread and rank tell.
+    It is 0 for equal views and for collapsed ones alike: feature spread and rank tell.
     """
-    cosine1 = F.cosine_similarity(r1.detach().float(), h2.float()).mean()
-    cosine2 = F.cosine_similarity(r2.detach().float(), h1.float()).mean()
+    cosine1 = F.cosine_similarity(target1.detach().float(), online2.float()).mean()
+    cosine2 = F.cosine_similarity(target2.detach().float(), online1.float()).mean()
     return 2 - cosine1 - cosine2, {"cosine1": cosine1, "cosine2": cosine2}
+
+
+def view(batch, args):
+    """A random view of each chunk, signal (N, L) and lengths (N,): white noise, then drop-points."""
+    signal, lengths = noise(batch.signal, batch.lengths, args.noise_factor)
+    return drop_points(signal, lengths, *args.drop_chance)
+
+
+def embed(network, view):
+    """Embeddings (N, R) of one view of each chunk."""
+    context, frames = network["pore_model"](*view)  # (N, T, C), (N,)
+    return network["projector"](context, frames)
+
+
+def forward(models, batch, args):
+    """Loss of a batch, its terms, and the online embeddings of the first views: for training and validation."""
+    online, predictor, target = models["online"], models["predictor"], models["target"]
+    view1, view2 = view(batch, args), view(batch, args)
+    with autocast(batch.signal.device, args.precision):
+        z1, z2 = embed(online, view1), embed(online, view2)  # (N, R)
+        online1, online2 = predictor(z1), predictor(z2)  # (N, R)
+        with torch.no_grad():
+            target1, target2 = embed(target, view1), embed(target, view2)  # (N, R)
+    z1, online1, online2, target1, target2 = all_gather(z1, online1, online2, target1, target2)  # of all processes
+    loss, terms = byol_loss(online1, online2, target1, target2)
+    return loss, terms, z1
 
 
 # Learning rate: equal in all methods
 def learning_rate(step, args, total):
-    """The learning rate at `step` of `total`: constant, or with a linear rise and a cosine fall."""
-    if step <= args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    if not args.cosine:
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, total - args.warmup_steps)))
+    """Of `step`: constant, or with a linear rise over --warmup-steps and a --cosine fall to 0 at step `total`."""
+    rise = min(1, step / max(1, args.warmup_steps))
+    fallen = max(0, step - args.warmup_steps) / max(1, total - args.warmup_steps)
+    return args.lr * rise * (0.5 * (1 + math.cos(math.pi * fallen)) if args.cosine else 1)
 
 
-# End of learning rate
-
-
-# Moving average: equal in moco.py, byol.py and dino.py
 @torch.no_grad()
 def update_average(average, model, momentum):
-    """Moves each parameter of `average` towards that of `model`: momentum * average + (1 - momentum) * model.
-
-    Buffers (BatchNorm's running statistics) are not averaged: `average` runs in training mode and gathers its own.
-    """
+    """average <- momentum * average + (1 - momentum) * model; but BatchNorm's running statistics stay its own."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
 
 
-# End of moving average
-
-
-@torch.no_grad()
-def validate(args, models, chunks, device):
-    """Mean loss over the validation chunks, as whole batches of views that are the same at every call."""
-    pore_model, head, predictor, target_pore_model, target_head = models.values()
-    for model in models.values():
-        model.eval()
-    losses = []
-    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
-        seed_step(args.seed, number)
-        batch = batch.to(device)
-        view1, view2 = (
-            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-            for _ in range(2)
-        )
-        with autocast(device, args.precision):
-            h1, h2 = predictor(head(*pore_model(*view1))), predictor(head(*pore_model(*view2)))
-            t1, t2 = target_head(*target_pore_model(*view1)), target_head(*target_pore_model(*view2))
-        h1, h2, t1, t2 = all_gather(h1, h2, t1, t2)
-        loss, _ = byol_loss(h1, h2, t1, t2)
-        losses.append(loss.item())
-    for model in models.values():
-        model.train()
-    return {"validation/loss": sum(losses) / len(losses)}
+def validate(models, chunks, args, device):
+    """Means of the loss and its terms over whole batches of validation chunks, with the same views at every call."""
+    batches = []
+    with evaluation(models):
+        for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
+            seed_step(args.seed, number)
+            loss, terms, *_ = forward(models, batch.to(device), args)
+            batches.append({"loss": loss, **terms})
+    return {f"validation/{name}": sum(float(terms[name]) for terms in batches) / len(batches) for name in batches[0]}
 
 
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size).to(device)
+    pore_model = PoreModel.of_size(args.size, args.dropout)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)
-    share = "pretraining" if args.shared_data else None
-    chunks = Chunks(stores, args.chunk_len, "training", share=share)
+    chunks = Chunks(stores, args.chunk_len, "training", share="pretraining" if args.shared_data else None)
     validation = Chunks(stores, args.chunk_len, "validation")
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
-    if args.batch_size < 2:
-        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
 
-    head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
-    predictor = Predictor(args.representation).to(device)
-    target_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
-    target_head = copy.deepcopy(head)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters(), *predictor.parameters()], fused=True)
-    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=8 / 3)
-
-    run = Run(args, __file__)
-    models = {
-        "pore_model": pore_model,
-        "head": head,
-        "predictor": predictor,
-        "target_pore_model": target_pore_model,
-        "target_head": target_head,
-    }
-    # Resume: equal in all methods
-    parts = models | {"optimizer": optimizer}
-    first = run.resume(device, last, parts)["step"] if args.resume else 0
-    # End of resume
+    projector = Projector(pore_model.channels, args.chunk_len, args.embedding_dim)
+    predictor = Predictor(args.embedding_dim)
+    target_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0)
+    online = nn.ModuleDict({"pore_model": pore_model, "projector": projector})
+    target = nn.ModuleDict({"pore_model": target_pore_model, "projector": copy.deepcopy(projector)})
+    models = nn.ModuleDict({"online": online, "predictor": predictor, "target": target}).to(device)
+    optimizer = torch.optim.Adam([*online.parameters(), *predictor.parameters()], fused=True)
+    warn_if_slow(pore_model, chunks, passes=8 / 3)
     if args.compile:
         pore_model.compile(), target_pore_model.compile()
 
-    for step in run.steps(first, last, args.batch_size):
-        seed_step(args.seed, step)
+    # Run folder and resume: equal in all methods
+    run = Run(args, __file__)
+    parts = {"models": models, "optimizer": optimizer}
+    first = run.resume(parts, last)
+
+    for step in run.steps(first, last):
+        seed_step(args.seed, step)  # of views and dropout, so that a resumed run draws what the whole run would have
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
-        view1, view2 = (
-            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-            for _ in range(2)
-        )
-        with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # online (N, R)
-            h1, h2 = predictor(r1), predictor(r2)  # (N, R)
-            with torch.no_grad():
-                t1, t2 = (
-                    target_head(*target_pore_model(*view1)),
-                    target_head(*target_pore_model(*view2)),
-                )  # r of the loss
-        r1, h1, h2, t1, t2 = all_gather(r1, h1, h2, t1, t2)  # those of all processes
-        loss, terms = byol_loss(h1, h2, t1, t2)
-        stop_if_not_finite(step, loss, terms, batch.reads)
+        loss, terms, embeddings = forward(models, batch, args)
+        stop_if_not_finite(step, loss, terms, batch)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(optimizer)
+        average_gradients(optimizer)  # over processes
         optimizer.step()
-        update_average(target_pore_model, pore_model, args.momentum)
-        update_average(target_head, head, args.momentum)
+        update_average(target, online, args.momentum)
 
-        # Logging, validation and checkpoint: equal in all methods
+        # Log, validation, checkpoint and stop: equal in all methods
         if step % LOG_EVERY == 0:
-            spread, rank = feature_spread(r1), effective_rank(r1)
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
+            collapse = {"feature_spread": feature_spread(embeddings), "effective_rank": effective_rank(embeddings)}
+            run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
         if step % steps_per_epoch == 0:
-            run.log(step, **validate(args, models, validation, device))
-        stop = run.asked_to_stop()  # a question to all processes, at each step
-        if stop or step % args.checkpoint_every == 0 or step == last:
-            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
-        # End of logging, validation and checkpoint
-    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
-        run.log(last, **validate(args, models, validation, device))
-    run.save("pore_model.pt", pore_model.state_dict())
-    run.save("target_pore_model.pt", target_pore_model.state_dict())
-    print(f"pretrained weights: {run.folder / 'pore_model.pt'}, and the target's, target_pore_model.pt")
+            run.log(step, **validate(models, validation, args, device))
+        if run.stop or step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, parts)
+        if run.stop:  # Ctrl-C or SIGTERM
+            return run.stop
+
+    if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
+        run.log(last, **validate(models, validation, args, device))
+    print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
+    print(f"those of the target: {run.save('target_pore_model.pt', target_pore_model.state_dict())}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    sys.exit(main(parse_args(Args)))

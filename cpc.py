@@ -1,9 +1,11 @@
-"""CPC on raw nanopore current (van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding";
-2021 thesis).
+"""CPC on raw nanopore current.
+
+van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", https://arxiv.org/abs/1807.03748
 
 From the current up to a present frame, predict the frames to come: for each of the next P, tell the true one of this
-chunk from those at the same place in the other chunks of the batch. The encoder makes the frames z; the transformer,
-which sees the past alone, makes the context c of the present one.
+chunk, the positive, from the negatives, those at the same place in the other chunks of the batch. The encoder makes the
+frames z; the transformer, which sees the past alone, makes the context c of the present one. No two chunks of a batch
+overlap. The matrices W are thrown away at the end.
 
     f_k(z_j, c_t) = z_j^T W_k c_t                                          (paper, eq. 3, as its logarithm)
     loss = -mean over k = 1..P and chunks of log( exp f_k(z_{t+k}, c_t) / sum_j exp f_k(z_j, c_t) )     (paper, eq. 4)
@@ -12,13 +14,10 @@ z_j: frame t + k of chunk j of the batch. The present frame t is random, one for
 
 Departures
 1. From the thesis: its eq. 4.3 sums over the contexts of other chunks as well. Here, as in the paper, each context
-   chooses among frames.
-2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer).
-3. From the paper: a transformer makes the context, not a GRU, as in the thesis; the negatives are the frames at the
-   same place in the other chunks.
-4. From the paper: 35 or 7 future steps, as in the thesis, not 12, and BatchNorm in the encoder.
-5. The thesis leaves the learning rate open; 2e-4 is the paper's.
-6. In training BatchNorm's mean and variance are over all frames of the batch, the future's included. They are the same
+   chooses among frames. It leaves the learning rate open; 2e-4 is the paper's.
+2. From the paper: a transformer makes the context, not a GRU; 35 or 7 future steps, not 12; both as in the thesis. The
+   negatives are the frames at the same place in the other chunks, and the encoder has BatchNorm.
+3. In training BatchNorm's mean and variance are over all frames of the batch, the future's included. They are the same
    for all chunks, so they cannot tell one from another.
 
 A frame of the wide encoder sees 31 samples, 15 of them after its first: up to three frames ahead share samples with the
@@ -29,6 +28,7 @@ present, and predicting those is easy. The thin encoder's frames share none.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,19 +36,37 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from common import InputError
-from common.augment import EXTRA, view
-from common.data import Chunks, open_data
-from common.distributed import all_gather, average_gradients, world_size
+from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, parse_args
+from common.augment import drop_points, noise
+from common.chunks import Chunks, open_data
+from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step, world_size
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, frames_of
-from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 
 
 @dataclass
 class Args:
+    # Arguments of the method
+    encoder: Literal["wide", "thin"] = "wide"
+    """wide: frames of 31 samples that overlap; thin: frames of 8 that do not"""
+    future_steps: PositiveInt | None = None
+    """P, frames to predict, 8 samples each; 35 with the wide encoder and 7 with the thin one if not given"""
+    batch_size: BatchSize = 32
+    """chunks a step; each future frame is compared with those of all others"""
+    lr: PositiveFloat = 2e-4
+    """learning rate"""
+    dropout: Probability = 0.1
+    """of the pore model"""
+    noise_factor: NonNegativeFloat = 0.0
+    """standard deviation of noise added to the chunks, in normalised units; the thesis's CPC adds none"""
+    drop_chance: ProbabilityRange = (0.0, 0.0)
+    """drop samples with a chance drawn between these two; the thesis's CPC drops none"""
+
     # Shared arguments: equal in all methods
     data: tuple[Path, ...] = ()
     """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
@@ -58,23 +76,17 @@ class Args:
     """a pore_model.pt, or a basecaller.pt, to start from; from random weights if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
-    chunk_len: int = 3600
+    chunk_len: ChunkLength = 3600
     """samples a chunk"""
-    noise_factor: float = 0.25
-    """standard deviation of the noise added to a view, in normalised units"""
-    drop_chance: tuple[float, float] = (0.25, 0.38)
-    """each view drops samples with a chance drawn between these two"""
-    extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
-    """further augmentations, before noise and drop-point; docs/augmentations.md has pictures of them"""
-    epochs: int = 50
+    epochs: PositiveInt = 50
     """passes over the training reads"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """stop early, after this many steps"""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises from 0"""
     cosine: bool = False
     """let the learning rate fall to 0 as a cosine over all epochs"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """of weights, order of the chunks, views and dropout"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
@@ -86,25 +98,10 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: int = 100
+    checkpoint_every: PositiveInt = 100
     """steps between checkpoints"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
-    # End of shared arguments
-
-    # Method specific arguments, the first two with defaults of its own
-    noise_factor: float = 0.0
-    """standard deviation of noise added to the chunks, in normalised units; the thesis's CPC adds none"""
-    drop_chance: tuple[float, float] = (0.0, 0.0)
-    """drop samples with a chance drawn between these two; the thesis's CPC drops none"""
-    batch_size: int = 32
-    """chunks a step; each future frame is compared with those of all others"""
-    lr: float = 2e-4
-    """learning rate"""
-    encoder: Literal["wide", "thin"] = "wide"
-    """wide: frames of 31 samples that overlap; thin: frames of 8 that do not"""
-    future_steps: int | None = None
-    """P, frames to predict, 8 samples each; 35 with the wide encoder and 7 with the thin one if not given"""
 
 
 class Prediction(nn.Module):
@@ -142,39 +139,40 @@ def cpc_loss(z, c, W):
     return loss, {"accuracy": accuracy.mean()} | {f"accuracy/{k}": a for k, a in enumerate(accuracy, 1)}
 
 
+def view(batch, args):
+    """A random view of each chunk, signal (N, L) and lengths (N,): white noise, then drop-points."""
+    signal, lengths = noise(batch.signal, batch.lengths, args.noise_factor)
+    return drop_points(signal, lengths, *args.drop_chance)
+
+
+def forward(models, batch, args):
+    """Loss of a batch, its terms, and the contexts of the present frame: for training and validation."""
+    signal, lengths = view(batch, args)
+    t = random_present(lengths, args.future_steps)
+    with autocast(batch.signal.device, args.precision):
+        z, c = future_and_context(models["pore_model"], signal, lengths, t, args.future_steps)  # (N, P, C), (N, C)
+    z, c = all_gather(z, c)  # those of all processes
+    loss, terms = cpc_loss(z, c, models["prediction"].W)
+    return loss, terms, c
+
+
 # Learning rate: equal in all methods
 def learning_rate(step, args, total):
-    """The learning rate at `step` of `total`: constant, or with a linear rise and a cosine fall."""
-    if step <= args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    if not args.cosine:
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, total - args.warmup_steps)))
+    """Of `step`: constant, or with a linear rise over --warmup-steps and a --cosine fall to 0 at step `total`."""
+    rise = min(1, step / max(1, args.warmup_steps))
+    fallen = max(0, step - args.warmup_steps) / max(1, total - args.warmup_steps)
+    return args.lr * rise * (0.5 * (1 + math.cos(math.pi * fallen)) if args.cosine else 1)
 
 
-# End of learning rate
-
-
-@torch.no_grad()
-def validate(args, models, chunks, device):
-    """Means of loss and accuracies over the validation chunks, with present frames that are the same at every call."""
-    pore_model, prediction = models.values()
-    pore_model.eval()
-    sums, batches = {}, 0
-    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
-        seed_step(args.seed, number)
-        batch = batch.to(device)
-        view1 = view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-        t = random_present(view1.lengths, args.future_steps)
-        with autocast(device, args.precision):
-            z, c = future_and_context(pore_model, *view1, t, args.future_steps)
-        z, c = all_gather(z, c)
-        loss, terms = cpc_loss(z, c, prediction.W)
-        for name, value in {"loss": loss, **terms}.items():
-            sums[name] = sums.get(name, 0) + value.item()
-        batches += 1
-    pore_model.train()
-    return {f"validation/{name}": value / batches for name, value in sums.items()}
+def validate(models, chunks, args, device):
+    """Means of the loss and its terms over whole batches of validation chunks, with the same views at every call."""
+    batches = []
+    with evaluation(models):
+        for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
+            seed_step(args.seed, number)
+            loss, terms, *_ = forward(models, batch.to(device), args)
+            batches.append({"loss": loss, **terms})
+    return {f"validation/{name}": sum(float(terms[name]) for terms in batches) / len(batches) for name in batches[0]}
 
 
 def draw_accuracy(metrics, steps, chance):
@@ -193,16 +191,15 @@ def main(args):
         args.future_steps = 35 if args.encoder == "wide" else 7
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size, encoder=args.encoder).to(device)
+    pore_model = PoreModel.of_size(args.size, args.dropout, args.encoder)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)
-    share = "pretraining" if args.shared_data else None
-    chunks = Chunks(stores, args.chunk_len, "training", share=share)
+    chunks = Chunks(stores, args.chunk_len, "training", share="pretraining" if args.shared_data else None)
     validation = Chunks(stores, args.chunk_len, "validation")
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
-    if args.batch_size < 2:
-        raise InputError("--batch-size 1: the loss needs at least 2 chunks")
+    total = args.epochs * steps_per_epoch
+    last = min(total, args.max_steps or total)
     drop = args.drop_chance[1]
     shortest = args.chunk_len * (1 - drop) - 5 * math.sqrt(args.chunk_len * drop * (1 - drop))  # in all probability
     frames = frames_of(max(0, int(shortest)))
@@ -211,59 +208,50 @@ def main(args):
             f"--future-steps {args.future_steps}: chunks may have only {frames} frames; "
             "give fewer, a larger --chunk-len or a smaller --drop-chance"
         )
-    total = args.epochs * steps_per_epoch
-    last = min(total, args.max_steps or total)
 
-    prediction = Prediction(args.future_steps, pore_model.channels).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *prediction.parameters()], fused=True)
-    warn_if_slow(device, (pore_model, nn.Identity()), args.chunk_len, len(chunks), passes=1)
-
-    run = Run(args, __file__)
-    models = {"pore_model": pore_model, "prediction": prediction}
-    # Resume: equal in all methods
-    parts = models | {"optimizer": optimizer}
-    first = run.resume(device, last, parts)["step"] if args.resume else 0
-    # End of resume
+    prediction = Prediction(args.future_steps, pore_model.channels)
+    models = nn.ModuleDict({"pore_model": pore_model, "prediction": prediction}).to(device)
+    optimizer = torch.optim.Adam(models.parameters(), fused=True)
+    warn_if_slow(pore_model, chunks, passes=1)
     if args.compile:
         pore_model.encoder.compile()  # not the transformer, whose context has another length at each step
 
-    for step in run.steps(first, last, args.batch_size):
-        seed_step(args.seed, step)
+    # Run folder and resume: equal in all methods
+    run = Run(args, __file__)
+    parts = {"models": models, "optimizer": optimizer}
+    first = run.resume(parts, last)
+
+    for step in run.steps(first, last):
+        seed_step(args.seed, step)  # of views and dropout, so that a resumed run draws what the whole run would have
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
-        view1 = view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-        t = random_present(view1.lengths, args.future_steps)
-        with autocast(device, args.precision):
-            z, r1 = future_and_context(pore_model, *view1, t, args.future_steps)  # (N, P, C), (N, C)
-        z, r1 = all_gather(z, r1)  # those of all processes
-        loss, terms = cpc_loss(z, r1, prediction.W)
-        stop_if_not_finite(step, loss, {"accuracy": terms["accuracy"]}, batch.reads)
+        loss, terms, embeddings = forward(models, batch, args)
+        stop_if_not_finite(step, loss, terms, batch)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(optimizer)
+        average_gradients(optimizer)  # over processes
         optimizer.step()
 
-        # Logging, validation and checkpoint: equal in all methods
+        # Log, validation, checkpoint and stop: equal in all methods
         if step % LOG_EVERY == 0:
-            spread, rank = feature_spread(r1), effective_rank(r1)
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
+            collapse = {"feature_spread": feature_spread(embeddings), "effective_rank": effective_rank(embeddings)}
+            run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
         if step % steps_per_epoch == 0:
-            run.log(step, **validate(args, models, validation, device))
-        stop = run.asked_to_stop()  # a question to all processes, at each step
-        if stop or step % args.checkpoint_every == 0 or step == last:
-            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
-        # End of logging, validation and checkpoint
-    metrics = validate(args, models, validation, device)
-    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
+            run.log(step, **validate(models, validation, args, device))
+        if run.stop or step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, parts)
+        if run.stop:  # Ctrl-C or SIGTERM
+            return run.stop
+
+    metrics = validate(models, validation, args, device)
+    if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
         run.log(last, **metrics)
+    print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
     chance = 1 / min(args.batch_size, len(validation) // world_size() * world_size())
-    run.save("pore_model.pt", pore_model.state_dict())
     run.picture("accuracy", draw_accuracy(metrics, args.future_steps, chance))
-    print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    sys.exit(main(parse_args(Args)))

@@ -1,50 +1,72 @@
-"""DINO on raw nanopore current (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers"; 2021
-thesis).
+"""DINO on raw nanopore current.
 
-A student and a teacher (each a pore model and a head) turn two random views of each chunk into distributions over R
-classes that nobody defined. The student has to say of one view what the teacher says of the other. The teacher follows
-the student as a slow moving average. Two things work against each other and against collapse: centring keeps one class
-from winning always, a low teacher temperature keeps the distribution from becoming uniform.
+Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", https://arxiv.org/abs/2104.14294
+
+A student and a teacher, each a pore model and a projector, turn two random views of each chunk (white noise, then
+randomly dropped samples) into distributions over K classes that nobody defined. The student has to predict from one
+view the teacher's of the other. The teacher is an exponential moving average (EMA) of the student. Against a collapse,
+centring keeps one class from winning always, and sharpening (a low teacher temperature) keeps the distribution from
+becoming uniform. The projectors are thrown away at the end.
 
     P_s(x) = softmax(s(x) / tau_s)      P_t(x) = softmax((t(x) - c) / tau_t), no gradient        (paper, eq. 1)
     loss = 1/2 ( H(P_t(x1), P_s(x2)) + H(P_t(x2), P_s(x1)) )      H(a, b) = -sum_d a_d log b_d   (paper, eq. 3)
     c <- m_c c + (1 - m_c) mean of t over both views (eq. 4)      theta_t <- m_t theta_t + (1 - m_t) theta_s
 
 Departures
-1. From the thesis: the centre is no part of the teacher, which would average it a second time, and the loss is the sum
-   over classes, not the mean.
-2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
-   widths of the head that the thesis leaves open are chosen (see RepresentationHead), as is R.
-3. From the paper: two views of equal length, as in the thesis; no multi-crop.
-4. From the paper: the head is the thesis's, without L2 bottleneck and weight-normalised last layer; m_t and tau_t are
-   constant, as in the thesis.
-5. From the paper: Adam at a constant rate, not AdamW; --warmup-steps and --cosine give a schedule.
-6. The teacher's pore model has no dropout: the aim should not depend on chance. Its BatchNorm uses its own batch.
+1. From the thesis: the centre is not averaged a second time with the teacher; the loss is a sum over classes, no mean.
+2. From the paper, as in the thesis: no multi-crop (docs/your_own_method.md adds it); a projector without L2 bottleneck
+   and weight-normalised last layer; constant m_t and tau_t.
+3. From the paper: Adam at a constant learning rate, not AdamW; --warmup-steps and --cosine give a schedule.
+4. The teacher's pore model has no dropout: its output should not depend on chance. Its BatchNorm uses its own batch.
 
     python dino.py --data reads/ --lr 3e-5 --batch-size 32
 """
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
-from common import InputError
-from common.augment import EXTRA, view
-from common.data import Chunks, open_data
-from common.distributed import all_gather, average_gradients
+from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, Share, parse_args
+from common.augment import drop_points, noise
+from common.chunks import Chunks, open_data
+from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step
 from common.metrics import effective_rank, feature_spread
-from common.pore_model import PoreModel, RepresentationHead
-from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
+from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
+from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 
 
 @dataclass
 class Args:
+    # Arguments of the method
+    student_temperature: PositiveFloat = 0.1
+    """tau_s; with 0.5, and 0.3 for the teacher, training starts near uniform outputs, loss ln K"""
+    teacher_temperature: PositiveFloat = 0.06
+    """tau_t, below tau_s: sharpening; lower works against uniform outputs"""
+    centre_momentum: Share = 0.9
+    """m_c, how much of the centre stays at each step"""
+    momentum: Share = 0.999
+    """m_t, how much of the teacher's weights stays at each step"""
+    embedding_dim: PositiveInt = 2048
+    """K, classes of the distributions; the paper has 65536"""
+    batch_size: BatchSize = 32
+    """chunks a step"""
+    lr: PositiveFloat = 3e-5
+    """learning rate"""
+    dropout: Probability = 0.1
+    """of the student's pore model"""
+    noise_factor: NonNegativeFloat = 0.25
+    """standard deviation of the noise added to a view, in normalised units"""
+    drop_chance: ProbabilityRange = (0.25, 0.38)
+    """each view drops samples with a chance drawn between these two"""
+
     # Shared arguments: equal in all methods
     data: tuple[Path, ...] = ()
     """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
@@ -54,23 +76,17 @@ class Args:
     """a pore_model.pt, or a basecaller.pt, to start from; from random weights if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
-    chunk_len: int = 3600
+    chunk_len: ChunkLength = 3600
     """samples a chunk"""
-    noise_factor: float = 0.25
-    """standard deviation of the noise added to a view, in normalised units"""
-    drop_chance: tuple[float, float] = (0.25, 0.38)
-    """each view drops samples with a chance drawn between these two"""
-    extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
-    """further augmentations, before noise and drop-point; docs/augmentations.md has pictures of them"""
-    epochs: int = 50
+    epochs: PositiveInt = 50
     """passes over the training reads"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """stop early, after this many steps"""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises from 0"""
     cosine: bool = False
     """let the learning rate fall to 0 as a cosine over all epochs"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """of weights, order of the chunks, views and dropout"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
@@ -82,186 +98,156 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: int = 100
+    checkpoint_every: PositiveInt = 100
     """steps between checkpoints"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
-    # End of shared arguments
-
-    # Method specific arguments
-    batch_size: int = 32
-    """chunks a step"""
-    lr: float = 3e-5
-    """learning rate"""
-    representation: int = 2048
-    """R, classes of the distributions; the paper has 65536"""
-    student_temperature: float = 0.1
-    """tau_s; with 0.5, and 0.3 for the teacher, training starts near uniform outputs, loss ln R"""
-    teacher_temperature: float = 0.06
-    """tau_t, below tau_s, so that the teacher is the surer of the two; lower works against uniform outputs"""
-    center_momentum: float = 0.9
-    """m_c, how much of the centre stays at each step"""
-    momentum: float = 0.999
-    """m_t, how much of the teacher's weights stays at each step"""
 
 
-class Center(nn.Module):
-    """The running mean of the teacher's outputs, `value` (R,)."""
+class Projector(nn.Module):
+    """Context of a chunk (N, T, C) to its outputs (N, K): thesis figure 5.1, which leaves widths C / 8 and K open."""
 
-    def __init__(self, representation):
+    def __init__(self, channels, chunk_len, embedding_dim):
         super().__init__()
-        self.register_buffer("value", torch.zeros(representation))
+        self.frames = frames_of(chunk_len)
+        self.conv = ConvBlock(channels, channels // 8, 7, 1, F.relu)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels // 8 * (self.frames // 4), embedding_dim),
+            MaskedBatchNorm1d(embedding_dim),
+            nn.ReLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
 
-    @torch.no_grad()
-    def update(self, t1, t2, momentum):
-        """Moves it towards the mean of the outputs t1, t2 (N, R)."""
-        self.value.lerp_(torch.cat([t1, t2]).float().mean(0), 1 - momentum)
+    def forward(self, context, lengths):
+        x = self.conv(context.transpose(1, 2), lengths)  # (N, C / 8, T)
+        x = pad_frames(x, self.frames)  # views are shorter than the chunk, since they drop samples
+        return self.mlp(F.max_pool1d(x, 4).flatten(1))
 
 
-def dino_loss(s1, s2, t1, t2, center, student_temperature, teacher_temperature):
-    """DINO's loss of the student's outputs s1, s2 and the teacher's t1, t2 of two views, each (N, R), and center (R,).
+def dino_loss(student1, student2, teacher1, teacher2, centre, student_temperature, teacher_temperature):
+    """DINO's loss of the outputs of student and teacher for two views, each (N, K), and the centre (K,).
 
-    It is the sum of teacher_entropy and kl, the divergence of the student from the teacher. An entropy near ln R is a
-    collapse, and so is one near 0 if it is the same class for all chunks, which the feature spread tells.
+    It is the sum of teacher_entropy and kl. An entropy near ln K is a collapse, and so is one near 0 if it is the same
+    class for all chunks, which the feature spread tells.
     """
-    log1, log2 = (F.log_softmax(s.float() / student_temperature, dim=1) for s in (s1, s2))  # (N, R)
-    p1, p2 = (F.softmax((t.detach().float() - center) / teacher_temperature, dim=1) for t in (t1, t2))  # (N, R)
+    log1, log2 = (F.log_softmax(s.float() / student_temperature, dim=1) for s in (student1, student2))  # (N, K)
+    p1, p2 = (F.softmax((t.detach().float() - centre) / teacher_temperature, dim=1) for t in (teacher1, teacher2))
     loss = -0.5 * ((p1 * log2).sum(1) + (p2 * log1).sum(1)).mean()
     entropy = 0.5 * (torch.special.entr(p1).sum(1) + torch.special.entr(p2).sum(1)).mean()
     return loss, {"teacher_entropy": entropy, "kl": loss - entropy}
 
 
+def view(batch, args):
+    """A random view of each chunk, signal (N, L) and lengths (N,): white noise, then drop-points."""
+    signal, lengths = noise(batch.signal, batch.lengths, args.noise_factor)
+    return drop_points(signal, lengths, *args.drop_chance)
+
+
+def embed(network, view):
+    """Outputs (N, K) for one view of each chunk."""
+    context, frames = network["pore_model"](*view)  # (N, T, C), (N,)
+    return network["projector"](context, frames)
+
+
+def forward(models, batch, args):
+    """Loss of a batch, its terms, the student's outputs for the first views, the teacher's for both (2N, K)."""
+    student, teacher = models["student"], models["teacher"]
+    view1, view2 = view(batch, args), view(batch, args)
+    with autocast(batch.signal.device, args.precision):
+        student1, student2 = embed(student, view1), embed(student, view2)  # (N, K)
+        with torch.no_grad():
+            teacher1, teacher2 = embed(teacher, view1), embed(teacher, view2)  # (N, K)
+    student1, student2, teacher1, teacher2 = all_gather(student1, student2, teacher1, teacher2)  # of all processes
+    outputs = student1, student2, teacher1, teacher2
+    loss, terms = dino_loss(*outputs, models.centre, args.student_temperature, args.teacher_temperature)
+    return loss, terms, student1, torch.cat([teacher1, teacher2])
+
+
 # Learning rate: equal in all methods
 def learning_rate(step, args, total):
-    """The learning rate at `step` of `total`: constant, or with a linear rise and a cosine fall."""
-    if step <= args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    if not args.cosine:
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, total - args.warmup_steps)))
+    """Of `step`: constant, or with a linear rise over --warmup-steps and a --cosine fall to 0 at step `total`."""
+    rise = min(1, step / max(1, args.warmup_steps))
+    fallen = max(0, step - args.warmup_steps) / max(1, total - args.warmup_steps)
+    return args.lr * rise * (0.5 * (1 + math.cos(math.pi * fallen)) if args.cosine else 1)
 
 
-# End of learning rate
-
-
-# Moving average: equal in moco.py, byol.py and dino.py
 @torch.no_grad()
 def update_average(average, model, momentum):
-    """Moves each parameter of `average` towards that of `model`: momentum * average + (1 - momentum) * model.
-
-    Buffers (BatchNorm's running statistics) are not averaged: `average` runs in training mode and gathers its own.
-    """
+    """average <- momentum * average + (1 - momentum) * model; but BatchNorm's running statistics stay its own."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
 
 
-# End of moving average
-
-
-@torch.no_grad()
-def validate(args, models, chunks, device):
-    """Mean loss over the validation chunks, as whole batches of views that are the same at every call."""
-    pore_model, head, teacher_pore_model, teacher_head, center = models.values()
-    for model in models.values():
-        model.eval()
-    losses = []
-    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
-        seed_step(args.seed, number)
-        batch = batch.to(device)
-        view1, view2 = (
-            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-            for _ in range(2)
-        )
-        with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))
-            t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))
-        r1, r2, t1, t2 = all_gather(r1, r2, t1, t2)
-        loss, _ = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)
-        losses.append(loss.item())
-    for model in models.values():
-        model.train()
-    return {"validation/loss": sum(losses) / len(losses)}
+def validate(models, chunks, args, device):
+    """Means of the loss and its terms over whole batches of validation chunks, with the same views at every call."""
+    batches = []
+    with evaluation(models):
+        for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
+            seed_step(args.seed, number)
+            loss, terms, *_ = forward(models, batch.to(device), args)
+            batches.append({"loss": loss, **terms})
+    return {f"validation/{name}": sum(float(terms[name]) for terms in batches) / len(batches) for name in batches[0]}
 
 
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size).to(device)
+    pore_model = PoreModel.of_size(args.size, args.dropout)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)
-    share = "pretraining" if args.shared_data else None
-    chunks = Chunks(stores, args.chunk_len, "training", share=share)
+    chunks = Chunks(stores, args.chunk_len, "training", share="pretraining" if args.shared_data else None)
     validation = Chunks(stores, args.chunk_len, "validation")
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
-    if args.batch_size < 2:
-        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
 
-    head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
-    teacher_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
-    teacher_head = copy.deepcopy(head)
-    center = Center(args.representation).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()], fused=True)
-    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=8 / 3)
-
-    run = Run(args, __file__)
-    models = {
-        "pore_model": pore_model,
-        "head": head,
-        "teacher_pore_model": teacher_pore_model,
-        "teacher_head": teacher_head,
-        "center": center,
-    }
-    # Resume: equal in all methods
-    parts = models | {"optimizer": optimizer}
-    first = run.resume(device, last, parts)["step"] if args.resume else 0
-    # End of resume
+    projector = Projector(pore_model.channels, args.chunk_len, args.embedding_dim)
+    teacher_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0)
+    student = nn.ModuleDict({"pore_model": pore_model, "projector": projector})
+    teacher = nn.ModuleDict({"pore_model": teacher_pore_model, "projector": copy.deepcopy(projector)})
+    models = nn.ModuleDict({"student": student, "teacher": teacher}).to(device)
+    models.register_buffer("centre", torch.zeros(args.embedding_dim, device=device))  # c
+    optimizer = torch.optim.Adam(student.parameters(), fused=True)
+    warn_if_slow(pore_model, chunks, passes=8 / 3)
     if args.compile:
         pore_model.compile(), teacher_pore_model.compile()
 
-    for step in run.steps(first, last, args.batch_size):
-        seed_step(args.seed, step)
+    # Run folder and resume: equal in all methods
+    run = Run(args, __file__)
+    parts = {"models": models, "optimizer": optimizer}
+    first = run.resume(parts, last)
+
+    for step in run.steps(first, last):
+        seed_step(args.seed, step)  # of views and dropout, so that a resumed run draws what the whole run would have
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
-        view1, view2 = (
-            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-            for _ in range(2)
-        )
-        with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), head(*pore_model(*view2))  # s1, s2 (N, R)
-            with torch.no_grad():
-                t1, t2 = teacher_head(*teacher_pore_model(*view1)), teacher_head(*teacher_pore_model(*view2))  # (N, R)
-        r1, r2, t1, t2 = all_gather(r1, r2, t1, t2)  # those of all processes
-        loss, terms = dino_loss(r1, r2, t1, t2, center.value, args.student_temperature, args.teacher_temperature)
-        stop_if_not_finite(step, loss, terms, batch.reads)
+        loss, terms, embeddings, teacher_outputs = forward(models, batch, args)
+        stop_if_not_finite(step, loss, terms, batch)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(optimizer)
+        average_gradients(optimizer)  # over processes
         optimizer.step()
-        update_average(teacher_pore_model, pore_model, args.momentum)
-        update_average(teacher_head, head, args.momentum)
-        center.update(t1, t2, args.center_momentum)
+        update_average(teacher, student, args.momentum)
+        models.centre.lerp_(teacher_outputs.float().mean(0), 1 - args.centre_momentum)  # eq. 4
 
-        # Logging, validation and checkpoint: equal in all methods
+        # Log, validation, checkpoint and stop: equal in all methods
         if step % LOG_EVERY == 0:
-            spread, rank = feature_spread(r1), effective_rank(r1)
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
+            collapse = {"feature_spread": feature_spread(embeddings), "effective_rank": effective_rank(embeddings)}
+            run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
         if step % steps_per_epoch == 0:
-            run.log(step, **validate(args, models, validation, device))
-        stop = run.asked_to_stop()  # a question to all processes, at each step
-        if stop or step % args.checkpoint_every == 0 or step == last:
-            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
-        # End of logging, validation and checkpoint
-    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
-        run.log(last, **validate(args, models, validation, device))
-    run.save("pore_model.pt", pore_model.state_dict())
-    print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
+            run.log(step, **validate(models, validation, args, device))
+        if run.stop or step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, parts)
+        if run.stop:  # Ctrl-C or SIGTERM
+            return run.stop
+
+    if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
+        run.log(last, **validate(models, validation, args, device))
+    print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    sys.exit(main(parse_args(Args)))

@@ -13,33 +13,26 @@ with chunks that cannot be spelled left out and counted (`infeasible`).
 """
 
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import fast_ctc_decode
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from common import InputError
+from common.args import Fraction, Probability, parse_args
 from common.augment import gain_offset, noise
-from common.data import ALPHABET, Chunks, ctc_steps_needed, open_data
-from common.distributed import all_gather, all_gather_lists, average_gradients, rank
-from common.metrics import identity
+from common.chunks import Chunks, open_data
+from common.ctc import ALPHABET, best_path, ctc_steps_needed, identity
+from common.device import all_gather, all_gather_lists, autocast, average_gradients, evaluation, pick_device, seed_step
 from common.pore_model import HOP, PoreModel
-from common.run import (
-    LOG_EVERY,
-    Run,
-    autocast,
-    parse_args,
-    pick_device,
-    seed_step,
-    stop_if_not_finite,
-    warn_if_slow,
-)
+from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 
 STEPS_PER_FRAME = 2
 VALIDATE_EVERY = 50  # steps, or each epoch where one is longer
@@ -64,40 +57,40 @@ class Args:
     """size of the pore model, that of the weights; tiny trains on two cores"""
     encoder: Literal["wide", "thin"] = "wide"
     """its encoder, that of the weights; thin for those of cpc.py --encoder thin, and for their baseline"""
-    label_fraction: float = 1.0
+    label_fraction: Fraction = 1.0
     """train on this share of the labelled reads; an epoch shrinks with it, so give --steps to keep them"""
     shared_data: bool = False
     """pretraining was given the same --data: train on the one read in six that it left out"""
     tune: bool = False
     """validate on one in six of the training reads, which training leaves out: choices made by it have then not seen
     the validation reads"""
-    chunk_len: int | None = None
+    chunk_len: PositiveInt | None = None
     """samples a chunk; by size if not given"""
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     """chunks a step; by size if not given"""
-    lr: float | None = None
+    lr: PositiveFloat | None = None
     """highest learning rate, after the warm-up; by size if not given"""
-    pore_model_lr: float | None = None
+    pore_model_lr: PositiveFloat | None = None
     """another one for the pore model, --lr then being the head's; try a third of --lr with pretrained weights"""
-    warmup_steps: int | None = None
+    warmup_steps: NonNegativeInt | None = None
     """steps over which the learning rate rises from 0, to fall as a cosine; 200 or a tenth of all if not given"""
-    freeze_steps: int = 0
+    freeze_steps: NonNegativeInt = 0
     """train the head alone for this many steps first; the pore model's warm-up begins after them"""
-    dropout: float | None = None
+    dropout: Probability | None = None
     """of the pore model; by size if not given"""
-    gain_jitter: float = 0.05
+    gain_jitter: NonNegativeFloat = 0.05
     """each chunk is scaled by 1 + this * N(0, 1)"""
-    offset_jitter: float = 0.05
+    offset_jitter: NonNegativeFloat = 0.05
     """and moved by this * N(0, 1)"""
-    noise_jitter: float = 0.0
+    noise_jitter: NonNegativeFloat = 0.0
     """and given white noise of this standard deviation"""
-    epochs: int | None = None
+    epochs: PositiveInt | None = None
     """passes over the training reads; the cosine ends with them; by size if not given"""
-    steps: int | None = None
+    steps: PositiveInt | None = None
     """this many steps rather than --epochs; the cosine ends with them"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """stop early, after this many steps"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """of weights, order of the chunks, jitter, dropout and the choice of reads that --label-fraction takes"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
@@ -109,7 +102,7 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: int = 200
+    checkpoint_every: PositiveInt = 200
     """steps between checkpoints"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
@@ -170,11 +163,6 @@ def learning_rate(step, warmup_steps, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
 
 
-def best_path(log_probs):
-    """Greedy CTC decoding: log_probs (S, 5) -> a string of ACGT, and the step at which each base of it begins."""
-    return fast_ctc_decode.viterbi_search(np.ascontiguousarray(log_probs.exp().numpy()), ALPHABET)
-
-
 def identities_of(log_probs, targets, target_lengths):
     """Identity in percent of each chunk that has bases: log_probs (N, S, 5), targets (N, B), target_lengths (N,)."""
     identities = []
@@ -185,12 +173,10 @@ def identities_of(log_probs, targets, target_lengths):
     return identities
 
 
-@torch.no_grad()
 def validate(model, chunks, batch_size, device, precision):
-    """Mean loss a base and identity over all validation chunks, as a dict of the logged metrics."""
-    model.eval()
+    """Mean loss per base and identity over all validation chunks, as a dict of the logged metrics."""
     losses, infeasible, aligned = [], [], []
-    with ThreadPoolExecutor() as pool:  # which decodes and aligns while the model goes on
+    with evaluation(model), ThreadPoolExecutor() as pool:  # which decodes and aligns while the model goes on
         for batch in chunks.tiles(batch_size):
             targets, target_lengths = batch.targets, batch.target_lengths
             batch = batch.to(device)
@@ -202,7 +188,6 @@ def validate(model, chunks, batch_size, device, precision):
             aligned.append(pool.submit(identities_of, log_probs.cpu(), targets, target_lengths))
             if len(aligned) > 32:  # no more wait
                 aligned[-33].result()
-    model.train()
     identities = [percent for batch in aligned for percent in batch.result()]
     losses, infeasible, identities = map(all_gather_lists, (losses, infeasible, identities))
     return {
@@ -216,7 +201,9 @@ def validate(model, chunks, batch_size, device, precision):
 @torch.no_grad()
 def draw_calls(model, chunks, device, precision):
     """A picture of the first validation chunk: its current, its bases and those called, at their places."""
-    from common.pictures import draw_read  # here, since matplotlib takes long to import, and basecall.py needs none
+    from common.reads.pictures import (
+        draw_read,  # here, since matplotlib takes long to import, and basecall.py needs none
+    )
 
     model.eval()
     signal = next(chunks.tiles(1)).signal
@@ -228,6 +215,18 @@ def draw_calls(model, chunks, device, precision):
     rows = {"reference": (bases, [*starts, end])} if any(starts) else {}  # Bonito's arrays have no places
     rows["called"] = [ALPHABET.index(base) for base in called], [*(HOP // STEPS_PER_FRAME * s for s in steps), end]
     return draw_read(signal[0], 0, rows)
+
+
+class Best:
+    """The lowest validation loss so far: a part of the checkpoint."""
+
+    loss = math.inf
+
+    def state_dict(self):
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state):
+        self.loss = float(state["loss"])
 
 
 def load_weights(model, path, new_head):
@@ -270,7 +269,7 @@ def main(args):
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:
         args.warmup_steps = min(200, total // 10)
-    warn_if_slow(device, (model.pore_model, model.head), args.chunk_len, len(chunks), passes=1)
+    warn_if_slow(model.pore_model, chunks, passes=1)
 
     run = Run(args, __file__)
     pore_model_lr = args.pore_model_lr or args.lr
@@ -280,27 +279,26 @@ def main(args):
             {"params": model.pore_model.parameters(), "lr": pore_model_lr, "max_lr": pore_model_lr},
         ]
     )
-    first, best = 0, math.inf
-    if args.resume:
-        state = run.resume(device, last, {"model": model, "optimizer": optimizer}, "best")
-        first, best = state["step"], state["best"]
+    best = Best()
+    parts = {"model": model, "optimizer": optimizer, "best": best}
+    first = run.resume(parts, last)
     if args.compile:
         model.pore_model.compile()
 
-    for step in run.steps(first, last, args.batch_size):
+    for step in run.steps(first, last):
         seed_step(args.seed, step)
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
         signal, _ = gain_offset(batch.signal, batch.lengths, args.gain_jitter, args.offset_jitter)
         signal, _ = noise(signal, batch.lengths, args.noise_jitter)
         model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
-        rate = learning_rate(step, args.warmup_steps, total)
+        scale = learning_rate(step, args.warmup_steps, total)
         for group, frozen in zip(optimizer.param_groups, (0, args.freeze_steps), strict=True):  # each warms up
-            group["lr"] = group["max_lr"] * min(rate, max(0, step - frozen) / max(1, args.warmup_steps))
+            group["lr"] = group["max_lr"] * min(scale, max(0, step - frozen) / max(1, args.warmup_steps))
 
         with autocast(device, args.precision):
             log_probs, lengths = model(signal)
         loss, terms = ctc_loss(log_probs, lengths, batch.targets, batch.target_lengths)
-        stop_if_not_finite(step, loss, terms, batch.reads)
+        stop_if_not_finite(step, loss, terms, batch)
         optimizer.zero_grad()
         loss.backward()
         average_gradients(optimizer)
@@ -312,21 +310,22 @@ def main(args):
         if step % validate_every == 0 or step == total:
             metrics = validate(model, validation, args.batch_size, device, args.precision)
             run.log(step, **metrics)
-            if metrics["validation/loss"] < best:
-                best = metrics["validation/loss"]
+            if metrics["validation/loss"] < best.loss:
+                best.loss = metrics["validation/loss"]
                 run.save("basecaller.pt", model.state_dict())
-        stop = run.asked_to_stop()  # a question to all processes, at each step
-        if stop or step % args.checkpoint_every == 0 or step == last:
-            run.checkpoint(step, model=model.state_dict(), optimizer=optimizer.state_dict(), best=best)
+        if run.stop or step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, parts)
+        if run.stop:  # Ctrl-C or SIGTERM
+            return run.stop
+
     if last % validate_every and last < total:  # --max-steps; --resume will cut this line off again
         run.log(last, **validate(model, validation, args.batch_size, device, args.precision))
-    if best == math.inf:
+    if best.loss == math.inf:
         run.save("basecaller.pt", model.state_dict())
     run.save("basecaller_last.pt", model.state_dict())
-    if rank() == 0:
-        run.picture("calls", draw_calls(model, validation, device, args.precision))
+    run.picture("calls", draw_calls(model, validation, device, args.precision))
     print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    sys.exit(main(parse_args(Args)))

@@ -1,50 +1,72 @@
-"""MoCo on raw nanopore current (He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learning";
-2021 thesis).
+"""MoCo on raw nanopore current.
 
-Of two random views of a chunk, one becomes a query, the other a key. The query has to find its key among K others: the
-keys of past batches, kept in a queue, so that negatives do not cost a large batch. Keys come from a second pore model
-that follows the first as a slow moving average, so that those in the queue stay comparable.
+He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learning", https://arxiv.org/abs/1911.05722
+
+Of two random views of a chunk (noise, dropped samples), one becomes a query, the other its key, the positive. The query
+has to find it among K negatives: the keys of past batches, kept in a queue, so that many negatives need no large batch.
+Keys come from a second pore model and projector, an exponential moving average (EMA) of the first, so that those in the
+queue stay comparable. The projectors are thrown away at the end.
 
     loss = -log( exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_{i = 1..K} exp(q.k_i / tau)) )      (paper, eq. 1)
+        q, k+ and the queue's k_i have length 1
     theta_k <- m theta_k + (1 - m) theta_q                                                   (paper, eq. 2)
 
-q, k+ and the queue's k_i have length 1.
-
 Departures
-1. From the thesis: its denominator is the queue alone, and the loss can then fall below 0. Here it holds the positive
-   as well, as in the paper.
-2. From the thesis: the pore model has rotary positions and drops no attention weights (see TransformerLayer), and two
-   widths of the head that the thesis leaves open are chosen (see RepresentationHead).
-3. From the paper: Adam at a constant rate, not SGD with steps; --warmup-steps and --cosine give a schedule.
-4. From the paper: queue and batch are the thesis's, 8192 and 32, not 65536 and 256.
-5. From the paper: shuffling BatchNorm (section 3.3) is an option, --batchnorm-groups; without it a query and its key
-   are normalised together with the same chunks and may recognise each other by that.
-6. The key's pore model has no dropout: a key should not depend on chance. Its BatchNorm uses its own batch.
+1. From the thesis, whose denominator is the queue alone, so that the loss can fall below 0: it holds the positive too.
+2. From the paper: Adam at a constant learning rate, not SGD with steps; --warmup-steps and --cosine give a schedule.
+3. From the paper: queue and batch are the thesis's; shuffling BatchNorm is an option, --batchnorm-groups, without which
+   a query and its key are normalised with the same chunks, and may be matched by that.
+4. The key's pore model has no dropout: a key should not depend on chance. Its BatchNorm uses its own batch.
 
     python moco.py --data reads/ --lr 3e-5 --batch-size 32
 """
 
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from common import InputError
-from common.augment import EXTRA, view
-from common.data import Chunks, open_data
-from common.distributed import all_gather, average_gradients, world_size
+from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, Share, parse_args
+from common.augment import drop_points, noise
+from common.chunks import Chunks, open_data
+from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step, world_size
 from common.metrics import effective_rank, feature_spread
-from common.pore_model import PoreModel, RepresentationHead
-from common.run import LOG_EVERY, Run, autocast, parse_args, pick_device, seed_step, stop_if_not_finite, warn_if_slow
+from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
+from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 
 
 @dataclass
 class Args:
+    # Arguments of the method
+    queue: PositiveInt = 8192
+    """K, keys that a query is compared with besides its own; the oldest are K / batch size steps old"""
+    temperature: PositiveFloat = 0.1
+    """tau; the paper has 0.07"""
+    momentum: Share = 0.999
+    """m, how much of the key's weights stays at each step; too low and the queue's keys no longer fit together"""
+    batchnorm_groups: PositiveInt = 1
+    """encode the batch in this many groups, shuffled for the keys, each with its own BatchNorm statistics; try 4"""
+    embedding_dim: PositiveInt = 256
+    """R, dimensions of the embeddings"""
+    batch_size: BatchSize = 32
+    """chunks a step; each step replaces as many keys of the queue"""
+    lr: PositiveFloat = 3e-5
+    """learning rate"""
+    dropout: Probability = 0.1
+    """of the query's pore model"""
+    noise_factor: NonNegativeFloat = 0.25
+    """standard deviation of the noise added to a view, in normalised units"""
+    drop_chance: ProbabilityRange = (0.25, 0.38)
+    """each view drops samples with a chance drawn between these two"""
+
     # Shared arguments: equal in all methods
     data: tuple[Path, ...] = ()
     """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
@@ -54,23 +76,17 @@ class Args:
     """a pore_model.pt, or a basecaller.pt, to start from; from random weights if not given"""
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
-    chunk_len: int = 3600
+    chunk_len: ChunkLength = 3600
     """samples a chunk"""
-    noise_factor: float = 0.25
-    """standard deviation of the noise added to a view, in normalised units"""
-    drop_chance: tuple[float, float] = (0.25, 0.38)
-    """each view drops samples with a chance drawn between these two"""
-    extra_augmentations: tuple[Literal[tuple(EXTRA)], ...] = ()
-    """further augmentations, before noise and drop-point; docs/augmentations.md has pictures of them"""
-    epochs: int = 50
+    epochs: PositiveInt = 50
     """passes over the training reads"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """stop early, after this many steps"""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises from 0"""
     cosine: bool = False
     """let the learning rate fall to 0 as a cosine over all epochs"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """of weights, order of the chunks, views and dropout"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """where to run"""
@@ -82,205 +98,163 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: int = 100
+    checkpoint_every: PositiveInt = 100
     """steps between checkpoints"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
-    # End of shared arguments
-
-    # Method specific arguments
-    batch_size: int = 32
-    """chunks a step; each step replaces as many keys of the queue"""
-    lr: float = 3e-5
-    """learning rate"""
-    representation: int = 256
-    """R, dimensions of the representation"""
-    temperature: float = 0.1
-    """tau; the paper has 0.07"""
-    queue: int = 8192
-    """K, keys that a query is compared with besides its own; the oldest are K / batch size steps old"""
-    momentum: float = 0.999
-    """m, how much of the key's weights stays at each step; too low and the queue's keys no longer fit together"""
-    batchnorm_groups: int = 1
-    """encode the batch in this many groups, shuffled for the keys, each with its own BatchNorm statistics; try 4"""
 
 
-class Queue(nn.Module):
-    """The last K keys, `keys` (K, R) of length 1, as a ring: new ones replace the oldest. It starts random."""
+class Projector(nn.Module):
+    """Context of a chunk (N, T, C) to its embedding (N, R): thesis figure 5.1, which leaves widths C / 8 and R open."""
 
-    def __init__(self, size, representation):
+    def __init__(self, channels, chunk_len, embedding_dim):
         super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(size, representation), dim=1))
-        self.register_buffer("pointer", torch.tensor(0))
+        self.frames = frames_of(chunk_len)
+        self.conv = ConvBlock(channels, channels // 8, 7, 1, F.relu)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels // 8 * (self.frames // 4), embedding_dim),
+            MaskedBatchNorm1d(embedding_dim),
+            nn.ReLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+        )
 
-    @torch.no_grad()
-    def push(self, keys):
-        """Replaces the oldest keys by these (N, R), N <= K."""
-        place = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-        self.keys[place] = F.normalize(keys.float(), dim=1)
-        self.pointer.copy_((self.pointer + len(keys)) % len(self.keys))
+    def forward(self, context, lengths):
+        x = self.conv(context.transpose(1, 2), lengths)  # (N, C / 8, T)
+        x = pad_frames(x, self.frames)  # views are shorter than the chunk, since they drop samples
+        return self.mlp(F.max_pool1d(x, 4).flatten(1))
 
 
 def moco_loss(q, k, queue, temperature):
     """MoCo's loss (InfoNCE) of queries q (N, R), their keys k (N, R) and the queue's keys (K, R), these of length 1.
 
-    It is the sum of alignment (of queries and their keys) and uniformity; top1 and top5 are the shares of queries
-    whose own key is the most similar, or among the five most similar, of all K + 1. No gradient reaches the keys.
+    It is the sum of alignment and uniformity; top1 and top5: shares of queries whose positive is among the 1 and 5 most
+    similar of all K + 1 keys.
     """
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.detach().float(), dim=1)
     positive = (q * k).sum(1, keepdim=True)  # (N, 1)
     s = torch.cat([positive, q @ queue.detach().float().T], dim=1) / temperature  # (N, K + 1)
     alignment, uniformity = -s[:, 0].mean(), s.logsumexp(1).mean()
-    better = (s[:, 1:] > s[:, :1] - 1e-4).sum(1)  # (N,) keys more similar than the right one, or as similar
+    better = (s[:, 1:] > s[:, :1] - 1e-4).sum(1)  # (N,) negatives more similar than the positive, or as similar
     top1, top5 = (better < 1).float().mean(), (better < 5).float().mean()
     return alignment + uniformity, {"alignment": alignment, "uniformity": uniformity, "top1": top1, "top5": top5}
 
 
+def view(batch, args):
+    """A random view of each chunk, signal (N, L) and lengths (N,): white noise, then drop-points."""
+    signal, lengths = noise(batch.signal, batch.lengths, args.noise_factor)
+    return drop_points(signal, lengths, *args.drop_chance)
+
+
+def embed(network, view, groups, shuffle):
+    """Embeddings (N, R) of one view of each chunk, in `groups` that share no BatchNorm statistics."""
+    signal, lengths = view
+    order = (torch.randperm if shuffle else torch.arange)(len(signal), device=signal.device)
+    parts = []
+    for rows in order.chunk(groups):
+        context, frames = network["pore_model"](signal[rows], lengths[rows])  # (N / groups, T, C), (N / groups,)
+        parts.append(network["projector"](context, frames))
+    return torch.cat(parts)[order.argsort()]  # as they came
+
+
+def forward(models, batch, args):
+    """Loss of a batch against the queue as it is, its terms, the queries and the keys: for training and validation."""
+    view1, view2 = view(batch, args), view(batch, args)
+    with autocast(batch.signal.device, args.precision):
+        q = embed(models["query"], view1, args.batchnorm_groups, shuffle=False)  # (N, R)
+        with torch.no_grad():
+            k = embed(models["key"], view2, args.batchnorm_groups, shuffle=True)  # (N, R)
+    q, k = all_gather(q, k)  # those of all processes
+    loss, terms = moco_loss(q, k, models.queue, args.temperature)
+    return loss, terms, q, k
+
+
 # Learning rate: equal in all methods
 def learning_rate(step, args, total):
-    """The learning rate at `step` of `total`: constant, or with a linear rise and a cosine fall."""
-    if step <= args.warmup_steps:
-        return args.lr * step / args.warmup_steps
-    if not args.cosine:
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, total - args.warmup_steps)))
+    """Of `step`: constant, or with a linear rise over --warmup-steps and a --cosine fall to 0 at step `total`."""
+    rise = min(1, step / max(1, args.warmup_steps))
+    fallen = max(0, step - args.warmup_steps) / max(1, total - args.warmup_steps)
+    return args.lr * rise * (0.5 * (1 + math.cos(math.pi * fallen)) if args.cosine else 1)
 
 
-# End of learning rate
-
-
-# Moving average: equal in moco.py, byol.py and dino.py
 @torch.no_grad()
 def update_average(average, model, momentum):
-    """Moves each parameter of `average` towards that of `model`: momentum * average + (1 - momentum) * model.
-
-    Buffers (BatchNorm's running statistics) are not averaged: `average` runs in training mode and gathers its own.
-    """
+    """average <- momentum * average + (1 - momentum) * model; but BatchNorm's running statistics stay its own."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new, 1 - momentum)
 
 
-# End of moving average
-
-
-def encode(pore_model, head, view1, order, groups):
-    """Representations (N, R) of a view; the `groups` equal parts of `order` (N,) share no BatchNorm statistics."""
-    parts = [head(*pore_model(view1.signal[rows], view1.lengths[rows])) for rows in order.chunk(groups)]
-    return torch.cat(parts)[order.argsort()]
-
-
-@torch.no_grad()
-def validate(args, models, chunks, device):
-    """Mean loss over the validation chunks against the queue as it is, with views that are the same at every call."""
-    pore_model, head, key_pore_model, key_head, queue = models.values()
-    for model in models.values():
-        model.eval()
-    losses = []
-    for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
-        seed_step(args.seed, number)
-        batch = batch.to(device)
-        view1, view2 = (
-            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-            for _ in range(2)
-        )
-        with autocast(device, args.precision):
-            r1, r2 = head(*pore_model(*view1)), key_head(*key_pore_model(*view2))
-        r1, r2 = all_gather(r1, r2)
-        loss, _ = moco_loss(r1, r2, queue.keys, args.temperature)
-        losses.append(loss.item())
-    for model in models.values():
-        model.train()
-    return {"validation/loss": sum(losses) / len(losses)}
+def validate(models, chunks, args, device):
+    """Means of the loss and its terms over whole batches of validation chunks, with the same views at every call."""
+    batches = []
+    with evaluation(models):
+        for number, batch in enumerate(chunks.tiles(args.batch_size, equal=True)):
+            seed_step(args.seed, number)
+            loss, terms, *_ = forward(models, batch.to(device), args)
+            batches.append({"loss": loss, **terms})
+    return {f"validation/{name}": sum(float(terms[name]) for terms in batches) / len(batches) for name in batches[0]}
 
 
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size).to(device)
+    pore_model = PoreModel.of_size(args.size, args.dropout)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)
-    share = "pretraining" if args.shared_data else None
-    chunks = Chunks(stores, args.chunk_len, "training", share=share)
+    chunks = Chunks(stores, args.chunk_len, "training", share="pretraining" if args.shared_data else None)
     validation = Chunks(stores, args.chunk_len, "validation")
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
-    if args.batch_size < 2:
-        raise InputError("--batch-size 1: BatchNorm and the loss need at least 2 chunks")
-    if args.batch_size % (args.batchnorm_groups * world_size()) or args.batch_size // args.batchnorm_groups < 2:
-        raise InputError(
-            f"--batchnorm-groups {args.batchnorm_groups}: should cut --batch-size, and each process's part of it, "
-            "in equal groups, of 2 chunks or more in all"
-        )
-    if args.queue < args.batch_size:
-        raise InputError(f"--queue {args.queue}: should hold at least one batch, {args.batch_size} keys")
     total = args.epochs * steps_per_epoch
     last = min(total, args.max_steps or total)
+    if args.batch_size % (args.batchnorm_groups * world_size()) or args.batch_size < 2 * args.batchnorm_groups:
+        raise InputError("--batchnorm-groups: should cut --batch-size into equal groups of 2 or more, on each process")
 
-    head = RepresentationHead(pore_model.channels, args.chunk_len, args.representation).to(device)
-    key_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0).to(device)
-    key_head = copy.deepcopy(head)
-    queue = Queue(args.queue, args.representation).to(device)
-    optimizer = torch.optim.Adam([*pore_model.parameters(), *head.parameters()], fused=True)
-    warn_if_slow(device, (pore_model, head), args.chunk_len, len(chunks), passes=4 / 3)
-
-    run = Run(args, __file__)
-    models = {
-        "pore_model": pore_model,
-        "head": head,
-        "key_pore_model": key_pore_model,
-        "key_head": key_head,
-        "queue": queue,
-    }
-    # Resume: equal in all methods
-    parts = models | {"optimizer": optimizer}
-    first = run.resume(device, last, parts)["step"] if args.resume else 0
-    # End of resume
+    projector = Projector(pore_model.channels, args.chunk_len, args.embedding_dim)
+    key_pore_model = PoreModel.from_state_dict(pore_model.state_dict(), dropout=0.0)
+    query = nn.ModuleDict({"pore_model": pore_model, "projector": projector})
+    key = nn.ModuleDict({"pore_model": key_pore_model, "projector": copy.deepcopy(projector)})
+    models = nn.ModuleDict({"query": query, "key": key}).to(device)
+    models.register_buffer("queue", F.normalize(torch.randn(args.queue, args.embedding_dim), dim=1).to(device))
+    optimizer = torch.optim.Adam(query.parameters(), fused=True)
+    warn_if_slow(pore_model, chunks, passes=4 / 3)
     if args.compile:
         pore_model.compile(), key_pore_model.compile()
 
-    for step in run.steps(first, last, args.batch_size):
-        seed_step(args.seed, step)
+    # Run folder and resume: equal in all methods
+    run = Run(args, __file__)
+    parts = {"models": models, "optimizer": optimizer}
+    first = run.resume(parts, last)
+
+    for step in run.steps(first, last):
+        seed_step(args.seed, step)  # of views and dropout, so that a resumed run draws what the whole run would have
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
-        view1, view2 = (
-            view(batch.signal, batch.lengths, args.noise_factor, args.drop_chance, args.extra_augmentations)
-            for _ in range(2)
-        )
-        with autocast(device, args.precision):
-            order = torch.arange(len(batch.signal), device=device)
-            r1 = encode(pore_model, head, view1, order, args.batchnorm_groups)  # queries (N, R)
-            with torch.no_grad():
-                order = torch.randperm(len(batch.signal), device=device)
-                r2 = encode(key_pore_model, key_head, view2, order, args.batchnorm_groups)  # keys (N, R)
-        r1, r2 = all_gather(r1, r2)  # those of all processes
-        loss, terms = moco_loss(r1, r2, queue.keys, args.temperature)
-        stop_if_not_finite(step, loss, terms, batch.reads)
+        loss, terms, embeddings, k = forward(models, batch, args)
+        stop_if_not_finite(step, loss, terms, batch)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args, total)
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(optimizer)
+        average_gradients(optimizer)  # over processes
         optimizer.step()
-        update_average(key_pore_model, pore_model, args.momentum)
-        update_average(key_head, head, args.momentum)
-        queue.push(r2)
+        update_average(key, query, args.momentum)
+        models.queue = torch.cat([models.queue, F.normalize(k.float(), dim=1)])[len(k) :]  # the oldest leave
 
-        # Logging, validation and checkpoint: equal in all methods
+        # Log, validation, checkpoint and stop: equal in all methods
         if step % LOG_EVERY == 0:
-            spread, rank = feature_spread(r1), effective_rank(r1)
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(step, loss=loss, **terms, feature_spread=spread, effective_rank=rank, lr=lr)
+            collapse = {"feature_spread": feature_spread(embeddings), "effective_rank": effective_rank(embeddings)}
+            run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
         if step % steps_per_epoch == 0:
-            run.log(step, **validate(args, models, validation, device))
-        stop = run.asked_to_stop()  # a question to all processes, at each step
-        if stop or step % args.checkpoint_every == 0 or step == last:
-            run.checkpoint(step, **{name: part.state_dict() for name, part in parts.items()})
-        # End of logging, validation and checkpoint
-    if last % steps_per_epoch:  # stopped within an epoch; --resume will cut this line off again
-        run.log(last, **validate(args, models, validation, device))
-    run.save("pore_model.pt", pore_model.state_dict())
-    print(f"pretrained weights: {run.folder / 'pore_model.pt'}")
+            run.log(step, **validate(models, validation, args, device))
+        if run.stop or step % args.checkpoint_every == 0 or step == last:
+            run.checkpoint(step, parts)
+        if run.stop:  # Ctrl-C or SIGTERM
+            return run.stop
+
+    if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
+        run.log(last, **validate(models, validation, args, device))
+    print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    sys.exit(main(parse_args(Args)))

@@ -15,14 +15,19 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from common import InputError
-from common.bam import Basecalls
-from common.data import Chunks, NpyWriter, ctc_steps_needed, is_bonito, open_data, prepare
-from common.files import written_whole
+from common.args import Share, parse_args
+from common.chunks import Chunks, open_data
+from common.ctc import ctc_steps_needed
 from common.pore_model import frames_of
-from common.run import parse_args
+from common.reads.bam import Basecalls
+from common.reads.bonito import write_bonito
+from common.reads.files import written_whole
+from common.reads.formats import is_bonito
+from common.reads.store import prepare
 
 
 @dataclass
@@ -31,7 +36,7 @@ class Args:
     """POD5, FAST5, mapped-signal HDF5, folders of them or of Bonito's arrays; with --bonito read stores, too"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """the folder to make"""
-    chunk_len: int = 3600
+    chunk_len: PositiveInt = 3600
     """samples a chunk; reads shorter than one are left out"""
     labelled_only: bool = False
     """leave out reads without bases, as --bonito and --bam always do"""
@@ -40,9 +45,9 @@ class Args:
     become the labels, or where they are aligned the reference's"""
     reference: Path | None = None
     """FASTA of what the BAM is aligned to; not needed if it has MD tags"""
-    min_coverage: float = 0.5
+    min_coverage: Share = 0.5
     """leave out aligned reads with less than this share of the called bases in the alignment"""
-    min_identity: float = 0.7
+    min_identity: Share = 0.7
     """leave out aligned reads with less than this share of matches in the alignment"""
     bonito: bool = False
     """write the labelled reads as Bonito's training arrays: chunks.npy, references.npy, reference_lengths.npy"""
@@ -72,7 +77,7 @@ def audit(stores, chunk_len):
         print(f"  {share:.1%} of chunks cannot be spelled by CTC at stride 8 with {head} ({steps} steps)")
 
 
-def write_bonito(stores, out, chunk_len):
+def export_bonito(stores, out, chunk_len):
     """Writes all tiles of the labelled reads as Bonito's arrays; `out` appears when they are whole."""
     with written_whole(out) as folder:
         folder.mkdir()
@@ -84,18 +89,8 @@ def write_bonito(stores, out, chunk_len):
                     raise
                 continue
             longest = max(batch.targets.shape[1] for batch in chunks.tiles(64))
-            part.mkdir(exist_ok=True)
-            signal = NpyWriter(part / "chunks.npy", np.float16, (chunk_len,))
-            references = NpyWriter(part / "references.npy", np.uint8, (longest,))
-            lengths = NpyWriter(part / "reference_lengths.npy", np.uint16)
-            for batch in tqdm(chunks.tiles(64), total=-(-len(chunks) // 64), desc=f"writing {split}", unit=" batches"):
-                spelled = batch.target_lengths > 0
-                targets = batch.targets[spelled].numpy()
-                signal.append(batch.signal[spelled].numpy())
-                references.append(np.pad(targets, ((0, 0), (0, longest - targets.shape[1]))))
-                lengths.append(batch.target_lengths[spelled].numpy())
-            for file in (signal, references, lengths):
-                file.close()
+            batches = tqdm(chunks.tiles(64), f"writing {split}", -(-len(chunks) // 64), unit=" batches")
+            write_bonito(part, batches, chunk_len, longest)
 
 
 def main(args):
@@ -114,7 +109,7 @@ def main(args):
         raise InputError("--reference: has no use without --bam")
     if args.bonito:
         stores = open_data(args.data)
-        write_bonito(stores, args.out, args.chunk_len)
+        export_bonito(stores, args.out, args.chunk_len)
     else:
         stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only, basecalls)]
     for store in stores:

@@ -1,4 +1,4 @@
-"""What the method scripts share: data, normalisation, augmentations, the pore model, metrics, the run folder."""
+"""What the method scripts share: pore model, augmentations, chunks, run folder, devices, metrics; and reads/."""
 
 
 class InputError(Exception):

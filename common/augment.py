@@ -1,23 +1,14 @@
-"""Views of a chunk. Each function takes signal (N, L) and lengths (N,) of valid samples, and returns both anew.
+"""Augmentations. Each takes signal (N, L) and lengths (N,) of valid samples, and returns both anew, padding zero.
 
-All randomness comes from torch's global generator. A view is noise, then drop-point (thesis section 5.2). Of the others
-the thesis tried five, which did not help there; gain-offset and time-warp imitate more of what differs from read to
-read, mask-spans hides parts. Anyone can try them: `view(..., extra=("shuffle",))`.
+All randomness comes from torch's global generator. The thesis's view is noise, then drop-points (its section 5.2); its
+five others did not help there. gain_offset and time_warp imitate more of what differs between reads; mask_spans hides
+parts, and returns which. docs/augmentations.md has pictures.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from common.pore_model import valid_positions
-
-
-class Views(NamedTuple):
-    """One view of every chunk of a batch."""
-
-    signal: torch.Tensor  # (N, L), zero from each row's length on
-    lengths: torch.Tensor  # (N,) int64
 
 
 def noise(signal, lengths, factor=0.25):
@@ -112,29 +103,13 @@ def time_warp(signal, lengths, strength=0.7, stretch=32):
 
 
 def mask_spans(signal, lengths, share=0.3, span=40):
-    """Sets spans of `span` samples to 0, the median current; they begin anywhere and cover `share` on average."""
+    """Sets spans of `span` samples to 0, the median current; they begin anywhere and cover `share` on average.
+
+    Returns signal, lengths and which samples are masked, (N, L) bool.
+    """
     rows, width = signal.shape
     chance = 1 - (1 - share) ** (1 / span)  # of a span to begin at a sample
     begun = (torch.rand(rows, width + span - 1, device=signal.device) < chance).cumsum(1)
-    masked = begun[:, span - 1 :] > F.pad(begun, (1, 0))[:, :width]
-    return signal.where(valid_positions(lengths, width) & ~masked, 0), lengths
-
-
-EXTRA = {
-    "shuffle": shuffle,
-    "moving-average": moving_average,
-    "random-crop": random_crop,
-    "flip-time": flip_time,
-    "flip-current": flip_current,
-    "gain-offset": gain_offset,
-    "time-warp": time_warp,
-    "mask-spans": mask_spans,
-}
-
-
-def view(signal, lengths, noise_factor=0.25, drop_chance=(0.25, 0.38), extra=()):
-    """A random view of each chunk: those named in `extra` (keys of EXTRA), then noise, then drop-point."""
-    for name in extra:
-        signal, lengths = EXTRA[name](signal, lengths)
-    signal, lengths = noise(signal, lengths, noise_factor)
-    return Views(*drop_points(signal, lengths, *drop_chance))
+    valid = valid_positions(lengths, width)
+    masked = (begun[:, span - 1 :] > F.pad(begun, (1, 0))[:, :width]) & valid
+    return signal.where(valid & ~masked, 0), lengths, masked

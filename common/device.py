@@ -1,11 +1,13 @@
-"""Many devices: torchrun starts a process for each, and each works on its part of every batch with the same weights.
+"""Device, precision and seeds; and many devices, of which each works on its part of every batch with equal weights.
 
-Losses and BatchNorm see the whole batch: what they need is summed or gathered over all processes (`sum_over_ranks`,
-`all_gather`), and gradients go back the same way. All then have the same loss, and the mean of their gradients is the
-gradient of that loss: docs/many_gpus.md. With one process, everything here gives back what it was given.
+torchrun starts a process a device. Losses and BatchNorm see the whole batch: what they need is summed or gathered over
+all processes (`sum_over_ranks`, `all_gather`), and gradients go back the same way. All then have the same loss, and the
+mean of their gradients is the gradient of that loss: docs/many_gpus.md. With one process, these functions give back
+what they were given.
 """
 
 import atexit
+import contextlib
 import itertools
 import os
 import sys
@@ -14,6 +16,43 @@ import torch
 import torch.distributed as dist
 
 from common import InputError
+
+
+def pick_device(name):
+    """The torch.device that `--device` names; auto: cuda, else mps, else cpu. Under torchrun, joins the processes."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if not available[name]:
+        raise InputError(f"--device {name}: not available on this machine; leave it out or give --device cpu")
+    return _join(torch.device(name))
+
+
+def autocast(device, precision):
+    """The context that models run in: bfloat16 where `--precision` says so; auto: on a GPU that has it."""
+    bf16 = precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+@contextlib.contextmanager
+def evaluation(model):
+    """Within it, `model` is in evaluation mode and no gradients are kept; then it is in training mode again."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
+def seed_step(seed, step):
+    """Seeds all randomness of one step (views, dropout), so that a resumed run draws what the whole run would have.
+
+    Each process draws numbers of its own.
+    """
+    torch.manual_seed(((rank() * 1_000_003 + seed) * 1_000_003 + step) % 2**63)
 
 
 def rank():
@@ -26,7 +65,7 @@ def world_size():
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
-def join(device):
+def _join(device):
     """Joins the processes that torchrun started, if it did; returns this one's device of the kind of `device`."""
     if not dist.is_torchelastic_launched():
         return device

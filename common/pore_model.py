@@ -1,17 +1,21 @@
-"""The pore model: a convolutional feature encoder and a transformer, exact on padded rows; and the head that pools it.
+"""The pore model: a convolutional feature encoder and a transformer, exact on padded rows; and its weights from a file.
+
+"Pore model" is the thesis's word for this network; in this field it is also the name of a table of k-mer levels.
 
 Rows of a batch differ in length (drop-point shortens each by its own amount). Everything here computes, for a padded
 row, what it would compute for that row alone: padding is set to zero after every convolution, BatchNorm counts valid
 positions only, and attention does not see padded keys. Shapes: N chunks, L samples, T frames, C channels.
 """
 
+import warnings
+import zipfile
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from common.distributed import all_gather, part_of, sum_over_ranks, world_size
-from common.run import load_tensors
+from common.device import all_gather, part_of, sum_over_ranks, world_size
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
@@ -273,32 +277,26 @@ def rotated(x, rotation):
     return torch.addcmul(x * cos, swapped, sin)
 
 
-class RepresentationHead(nn.Module):
-    """Context of a chunk to one representation (N, R): thesis figure 5.1.
-
-    Conv1d(kernel 7) -> BatchNorm -> ReLU -> MaxPool(4, 4), flatten, Linear -> BatchNorm -> ReLU -> Linear. The thesis
-    leaves two widths open: here the convolution has C / 8 channels and the hidden layer is R wide.
-    """
-
-    def __init__(self, channels, chunk_len, representation):
-        super().__init__()
-        self.frames = frames_of(chunk_len)
-        if self.frames < 4:
-            raise InputError(f"--chunk-len {chunk_len}: too short for the head, which needs 25 samples")
-        self.conv = ConvBlock(channels, channels // 8, 7, 1, F.relu)
-        self.pool = nn.MaxPool1d(4, 4)
-        self.project = nn.Sequential(
-            nn.Linear(channels // 8 * (self.frames // 4), representation),
-            MaskedBatchNorm1d(representation),
-            nn.ReLU(),
-            nn.Linear(representation, representation),
+def pad_frames(x, frames):
+    """x (N, C, T), T <= frames, with zeros up to (N, C, frames). InputError if it is longer."""
+    if x.shape[2] > frames:
+        raise InputError(
+            f"a chunk of {HOP * x.shape[2]} samples, but the projector was made for {HOP * frames}; "
+            "make it for the longest chunk"
         )
+    return F.pad(x, (0, frames - x.shape[2]))
 
-    def forward(self, context, lengths=None):
-        """context (N, T, C) and frame lengths (N,) as PoreModel returns them -> representations (N, R)."""
-        x = context.transpose(1, 2)
-        if lengths is not None:
-            x = x * valid_positions(lengths, x.shape[2])[:, None]
-        x = self.conv(x, lengths)
-        x = F.pad(x, (0, self.frames - x.shape[2]))  # filled up to the whole chunk, however short the longest row
-        return self.project(self.pool(x).flatten(1))
+
+def load_tensors(path, device="cpu"):
+    """What torch.save wrote to `path`, read without executing anything. InputError if it is no such file."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # torch does not look at the checksums
+                    raise ValueError("damaged")
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except Exception as error:
+        raise InputError(f"{path}: not a PyTorch file of tensors, or damaged") from error

@@ -19,7 +19,7 @@ import pysam
 from tqdm import tqdm
 
 from common import InputError
-from common.data import RawRead, Rejected, first_line, listed
+from common.reads.formats import RawRead, Rejected, first_line, listed
 
 CODES = np.zeros(256, np.uint8)  # of letters: 1-4 = ACGT, 0 for any other
 CODES[np.frombuffer(b"ACGTacgt", np.uint8)] = [1, 2, 3, 4] * 2

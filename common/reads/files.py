@@ -1,10 +1,12 @@
-"""Files and folders that are there as a whole or not at all, whatever stops the process that writes them."""
+"""Files and folders that are there as a whole or not at all, whatever stops the process that writes them; arrays."""
 
 import contextlib
-import fcntl
 import glob
 import os
 import shutil
+
+import numpy as np
+from filelock import FileLock
 
 from common import InputError
 
@@ -44,26 +46,49 @@ def _remove(path):
 
 def make_once(path, make):
     """Calls make(), which makes `path`, unless that is there; of several processes one calls it and the others wait."""
-    lock = path.with_name(f"{path.name}.lock")
-    while not path.exists():
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "w")  # noqa: SIM115
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be written ({error.strerror}); free space or choose another place"
-            ) from error
-        with file:
-            parts = path.parent.glob(f"{glob.escape(path.name)}.part-*")  # of killed processes
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks: all make it, and the first stays
-                parts = ()
-            if path.exists() or not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # made, or given up, by the process that had the lock
-            for part in parts:
-                _remove(part)
-            try:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                for part in path.parent.glob(f"{glob.escape(path.name)}.part-*"):  # of killed processes
+                    _remove(part)
                 make()
-            finally:
-                lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
+
+
+class NpyWriter:
+    """Appends rows to a .npy file of unknown length; plain writes, so that a full disk is an error and no crash."""
+
+    def __init__(self, path, dtype, row=()):
+        self.dtype, self.row, self.rows = np.dtype(dtype), tuple(row), 0
+        self.file = open(path, "wb")  # noqa: SIM115
+        self._header()
+
+    def _header(self):
+        # NumPy pads the header so that the number of rows can grow in place.
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self.file, header | {"shape": (self.rows, *self.row)})
+
+    def append(self, array):
+        array = np.ascontiguousarray(array, self.dtype).reshape(-1, *self.row)
+        self.file.write(array)
+        self.rows += len(array)
+
+    def close(self):
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+
+
+def load_npy(path):
+    """The array in a .npy file, memory-mapped; ValueError or OSError if there is none."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # NumPy lets through what its parser of headers raises
+        raise ValueError(f"{path.name} is no array") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path.name} is no array")
+    return array

@@ -1,6 +1,6 @@
 """Simulated R9.4 reads with known bases, so that everything runs, and can be tested, with no data at all.
 
-    python -m common.simulate reads.hdf5 --reads 200 --easy
+    python -m common.reads.simulate reads.hdf5 --reads 200 --easy
 
 Written as mapped-signal HDF5, so that simulated and real reads take one path. The measured values below are those of
 92 real E. coli R9.4 reads (489 001 bases, test reads of hasindu2008/f5c), in normalised (med-mad) units.
@@ -8,6 +8,7 @@ Written as mapped-signal HDF5, so that simulated and real reads take one path. T
 
 import hashlib
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +18,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common.files import make_once, written_whole
-from common.run import parse_args
+from common import InputError
+from common.reads.files import make_once, written_whole
 
 # z-scored current of a 6-mer = the sum of four entries, one for each of its trinucleotides, by position (columns 0-3).
 # A least-squares fit to Oxford Nanopore's public R9.4 6-mer table: it explains 99.8 % of the variance of 4096 entries.
@@ -128,6 +129,8 @@ def simulate_read(rng, bases, easy=False):
 
 def write_simulated(path, reads, mean_bases=4000, seed=0, easy=False):
     """Writes `reads` simulated reads as mapped-signal HDF5; the file depends on the arguments alone."""
+    if reads < 1 or mean_bases < 1 or seed < 0:
+        raise InputError("--reads and --mean-bases should be at least 1, --seed 0 or more")
     image = io.BytesIO()  # HDF5 crashes where the disk is full; a plain write is an error
     with h5py.File(image, "w") as file:
         for number in tqdm(range(reads), desc=f"simulating {Path(path).name}", unit=" reads"):
@@ -176,6 +179,9 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = parse_args(Args)
-    write_simulated(args.out, args.reads, args.mean_bases, args.seed, args.easy)
+    try:
+        args = tyro.cli(Args)
+        write_simulated(args.out, args.reads, args.mean_bases, args.seed, args.easy)
+    except (InputError, KeyboardInterrupt) as error:
+        sys.exit(f"simulate.py: {error or 'interrupted'}")
     print(f"wrote {args.out}")

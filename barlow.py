@@ -50,7 +50,7 @@ class Args:
     embedding_dim: PositiveInt = 2048
     """R, dimensions of the embeddings; the paper found more to be better up to 16384"""
     batch_size: BatchSize = 64
-    """chunks a step; the loss needs no negatives, but the more chunks, the better C is measured"""
+    """chunks per step; the loss needs no negatives, but the more chunks, the better C is measured"""
     lr: PositiveFloat = 1e-5
     """learning rate"""
     dropout: Probability = 0.1
@@ -70,7 +70,7 @@ class Args:
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: ChunkLength = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     epochs: PositiveInt = 50
     """passes over the training reads"""
     max_steps: PositiveInt | None = None

@@ -62,7 +62,7 @@ class Args:
     """samples to either side that a frame attends to; if not given, half of the chunk length in training, out of the
     args.json beside the weights, or 600 where there is none"""
     chunk_len: PositiveInt = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     overlap: NonNegativeInt = 400
     """samples that neighbouring chunks share"""
     batch_size: PositiveInt = 64

@@ -52,7 +52,7 @@ class Args:
     embedding_dim: PositiveInt = 1024
     """R, dimensions of the embeddings and width of the predictor"""
     batch_size: BatchSize = 64
-    """chunks a step; there are no negatives, so small batches do"""
+    """chunks per step; there are no negatives, so small batches do"""
     lr: PositiveFloat = 3e-4
     """learning rate"""
     dropout: Probability = 0.1
@@ -72,7 +72,7 @@ class Args:
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: ChunkLength = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     epochs: PositiveInt = 50
     """passes over the training reads"""
     max_steps: PositiveInt | None = None

@@ -57,7 +57,7 @@ class Args:
     future_steps: PositiveInt | None = None
     """P, frames to predict, 8 samples each; 35 with the wide encoder and 7 with the thin one if not given"""
     batch_size: BatchSize = 32
-    """chunks a step; each future frame is compared with those of all others"""
+    """chunks per step; each future frame is compared with those of all others"""
     lr: PositiveFloat = 2e-4
     """learning rate"""
     dropout: Probability = 0.1
@@ -77,7 +77,7 @@ class Args:
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: ChunkLength = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     epochs: PositiveInt = 50
     """passes over the training reads"""
     max_steps: PositiveInt | None = None

@@ -57,7 +57,7 @@ class Args:
     embedding_dim: PositiveInt = 2048
     """K, classes of the distributions; the paper has 65536"""
     batch_size: BatchSize = 32
-    """chunks a step"""
+    """chunks per step"""
     lr: PositiveFloat = 3e-5
     """learning rate"""
     dropout: Probability = 0.1
@@ -77,7 +77,7 @@ class Args:
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: ChunkLength = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     epochs: PositiveInt = 50
     """passes over the training reads"""
     max_steps: PositiveInt | None = None

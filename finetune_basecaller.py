@@ -1,12 +1,12 @@
 """Fine-tune a pretrained pore model into a CTC basecaller, or train one from scratch: the baseline.
 
 The pore model turns 8 samples into a frame; a linear head projects each frame to two time steps of five
-log-probabilities (blank, A, C, G, T). R9.4 strands move at 8.8 samples a base and CTC needs a blank between equal
-neighbours, so one step a frame could not spell most chunks. The loss is CTC (Graves et al. 2006), a base:
+log-probabilities (blank, A, C, G, T). R9.4 strands move at 8.8 samples per base and CTC needs a blank between equal
+neighbours, so with one step per frame most chunks would be infeasible. The loss is CTC (Graves et al. 2006), per base:
 
     loss = mean over chunks of  -log p(reference | signal) / bases
 
-with chunks that cannot be spelled left out and counted (`infeasible`).
+with infeasible chunks, which have too many bases for their time steps, left out and counted (`infeasible`).
 
     python finetune_basecaller.py --data reads.hdf5 --size tiny --weights runs/RUN/pore_model.pt
     python finetune_basecaller.py --data reads.hdf5 --size tiny
@@ -65,9 +65,9 @@ class Args:
     """validate on one in six of the training reads, which training leaves out: choices made by it have then not seen
     the validation reads"""
     chunk_len: PositiveInt | None = None
-    """samples a chunk; by size if not given"""
+    """samples per chunk; by size if not given"""
     batch_size: PositiveInt | None = None
-    """chunks a step; by size if not given"""
+    """chunks per step; by size if not given"""
     lr: PositiveFloat | None = None
     """highest learning rate, after the warm-up; by size if not given"""
     pore_model_lr: PositiveFloat | None = None
@@ -109,7 +109,7 @@ class Args:
 
 
 class Basecaller(nn.Module):
-    """A pore model and a linear head of two time steps a frame."""
+    """A pore model and a linear head of two time steps per frame."""
 
     def __init__(self, pore_model):
         super().__init__()
@@ -134,10 +134,10 @@ class Basecaller(nn.Module):
 
 
 def ctc_per_base(log_probs, lengths, targets, target_lengths):
-    """CTC loss a base of each chunk, which chunks count, and which are infeasible, each (N,).
+    """CTC loss per base of each chunk, which chunks count, and which are infeasible, each (N,).
 
     log_probs (N, S, 5), lengths (N,), targets (N, B) of 1-4, target_lengths (N,). Chunks without bases, or with more
-    than S steps can spell, do not count; their loss is 0.
+    than S steps can emit, do not count; their loss is 0.
     """
     if log_probs.device.type == "mps":  # which has no CTC
         log_probs, lengths, targets, target_lengths = (x.cpu() for x in (log_probs, lengths, targets, target_lengths))

@@ -37,7 +37,7 @@ class Args:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """the folder to make"""
     chunk_len: PositiveInt = 3600
-    """samples a chunk; reads shorter than one are left out"""
+    """samples per chunk; reads shorter than one are left out"""
     labelled_only: bool = False
     """leave out reads without bases, as --bonito and --bam always do"""
     bam: tuple[Path, ...] = ()
@@ -54,7 +54,7 @@ class Args:
 
 
 def audit(stores, chunk_len):
-    """Prints reads, chunks, and for labelled reads samples a base and the share of chunks that CTC cannot spell."""
+    """Prints reads, chunks, and for labelled reads samples per base and the share of chunks infeasible for CTC."""
     needed = []
     for split in ("training", "validation"):
         for labelled in (False, True):
@@ -70,11 +70,11 @@ def audit(stores, chunk_len):
     if not needed:
         return
     labelled = np.concatenate([store.reads[store.reads["bases_length"] > 0] for store in stores])
-    print(f"  {labelled['length'].sum() / labelled['bases_length'].sum():.2f} samples a base")
+    print(f"  {labelled['length'].sum() / labelled['bases_length'].sum():.2f} samples per base")
     needed, frames = torch.cat(needed), frames_of(chunk_len)
-    for head, steps in (("one time step a frame", frames), ("two, as finetune_basecaller.py", 2 * frames)):
+    for head, steps in (("one time step per frame", frames), ("two, as finetune_basecaller.py", 2 * frames)):
         share = (needed > steps).float().mean()
-        print(f"  {share:.1%} of chunks cannot be spelled by CTC at stride 8 with {head} ({steps} steps)")
+        print(f"  {share:.1%} of chunks are infeasible for CTC at stride 8 with {head} ({steps} steps)")
 
 
 def export_bonito(stores, out, chunk_len):

@@ -50,7 +50,7 @@ class Args:
     embedding_dim: PositiveInt = 256
     """R, dimensions of the embeddings"""
     batch_size: BatchSize = 32
-    """chunks a step; each is compared with all others, so more chunks make the task harder"""
+    """chunks per step; each is compared with all others, so more chunks make the task harder"""
     lr: PositiveFloat = 3e-5
     """learning rate"""
     dropout: Probability = 0.1
@@ -70,7 +70,7 @@ class Args:
     size: Literal["thesis", "small", "tiny"] = "thesis"
     """size of the pore model: 32 M, 3.3 M or 0.3 M parameters; tiny trains on two cores"""
     chunk_len: ChunkLength = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     epochs: PositiveInt = 50
     """passes over the training reads"""
     max_steps: PositiveInt | None = None

@@ -83,10 +83,8 @@ def _read_args(run, adapter):
     try:
         return adapter.validate_json(saved)
     except ValidationError as error:
-        name = error.errors()[0]["loc"][0]
-        raise InputError(
-            f"--resume {run}: not a run of this script (--{name} in its args.json: {_reason(error)})"
-        ) from error
+        what = f"{_option(str(error.errors()[0]['loc'][0]))} in its args.json: {_reason(error)}"
+        raise InputError(f"--resume {run}: not a run of this script ({what})") from error
 
 
 def _one_line(kind, error, traceback):

@@ -19,7 +19,7 @@ from common.device import all_gather, part_of, sum_over_ranks, world_size
 
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
-HOP = 8  # samples a frame
+HOP = 8  # samples per frame
 ENCODERS = {"wide": ((3, 2), (3, 2), (3, 2), (3, 1)), "thin": ((8, 8),)}  # (kernel, stride) of each block
 SIZES = {
     "thesis": {"channels": 512, "layers": 10, "feed_forward": 2048},
@@ -85,7 +85,7 @@ class ConvBlock(nn.Module):
 
 
 class FeatureEncoder(nn.Module):
-    """Blocks of Conv1d -> BatchNorm -> GELU, 8 samples a frame.
+    """Blocks of Conv1d -> BatchNorm -> GELU, 8 samples per frame.
 
     "wide": four blocks of kernel 3; each frame sees 31 samples, so neighbours share most of them. "thin": one block of
     kernel 8; each frame sees its own 8 samples and no others.

@@ -20,6 +20,7 @@ from common import InputError
 from common.device import all_gather_lists, all_reduce_max, rank, world_size
 from common.pore_model import load_tensors
 from common.reads.files import written_whole
+from common.tracking import log_picture, start_tracker
 
 LOG_EVERY = 10  # steps
 ADVICE = "free space or make the folder writable, and go on with --resume"
@@ -44,7 +45,7 @@ class Run:
         self.args, self.script = args, Path(script).stem
         name = f"{self.script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
         self.folder = args.resume or args.run_dir or Path("runs") / name
-        self.tracker, self.signal, self.stopping, self.asked = None, 0, 0, False
+        self.tracker, self.saved, self.signal, self.stopping, self.asked = None, 0, 0, 0, False
         if rank():
             return
         if not args.resume:
@@ -71,40 +72,12 @@ class Run:
         print(f"{self.script}: run folder {self.folder}")
         if args.track:
             try:
-                self.tracker = self._tracker(args)
+                self.tracker = start_tracker(self.folder, args)
             except BaseException:  # Ctrl-C at wandb's question as well
                 made_here = {"args.json", ".lock", "wandb"}
                 if not args.resume and {path.name for path in self.folder.iterdir()} <= made_here:
                     shutil.rmtree(self.folder, ignore_errors=True)  # so that it is free for the next try
                 raise
-
-    def _tracker(self, args):
-        """The wandb run; a resumed run goes on with the one it had."""
-        import wandb
-
-        latest = self.folder / "wandb" / "latest-run"  # a link to run-TIME-ID or offline-run-TIME-ID
-        known = {}
-        if latest.is_symlink():
-            known = {"id": latest.readlink().name.partition("run-")[2].partition("-")[2], "resume": "allow"}
-        report = sys.excepthook  # wandb puts one of its own in the place, which prints a traceback before
-        try:
-            tracker = wandb.init(
-                project="poressl", name=self.folder.name, config=dataclasses.asdict(args), dir=self.folder, **known
-            )
-        except (wandb.Error, ValueError) as error:  # ValueError: its settings, as of a WANDB_MODE that it does not know
-            reason = " ".join(str(error).split())
-            raise InputError(f"--track: wandb: {reason}; WANDB_MODE=offline needs no account") from error
-        finally:
-            sys.excepthook = report
-
-        def failed(*error):
-            try:
-                tracker.finish(exit_code=1)
-            finally:
-                report(*error)  # the last line on the screen
-
-        sys.excepthook = failed
-        return tracker
 
     def resume(self, parts, last):
         """The step that the run was at: 0, or with --resume that of its last checkpoint, which is put into `parts`.
@@ -140,6 +113,7 @@ class Run:
             kept = log.read_bytes()[: state["log_bytes"]] if log.exists() else b""  # less after a loss of power
             with open(log, "a") as file:
                 file.truncate(kept.rfind(b"\n") + 1)
+        self.saved = step
         print(f"going on after step {step}")
         if processes != world_size():
             print(f"the run had {processes} processes, now {world_size()}: it draws other views from here on")
@@ -157,6 +131,7 @@ class Run:
             about = {"script": self.script, "step": step, "world_size": world_size()}
             about["log_bytes"] = log.stat().st_size if log.exists() else 0
             save_whole(state | about, self.folder / "checkpoint.pt")
+        self.saved = step
 
     def steps(self, first, last):
         """Yields the steps first + 1 ... last under a progress bar.
@@ -181,9 +156,9 @@ class Run:
                     self.asked = False
                     yield step
                     if self.stopping or (self.signal and not self.asked):
-                        raise InputError(
-                            f"stopped after step {step}, as the loop has no `if run.stop: return run.stop`"
-                        )
+                        raise InputError(f"step {step}: stopped; this loop lacks `if run.stop: return run.stop`")
+            if self.saved != last and rank() == 0:
+                print(f"no checkpoint of step {last} was written", file=sys.stderr)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -191,7 +166,8 @@ class Run:
                 if self.tracker:
                     self.tracker.finish(exit_code=self.stop)
                 if rank() == 0:
-                    print(f"stopped after step {step}; go on with --resume {self.folder}", file=sys.stderr)
+                    what = "" if self.saved == step else f", but its last checkpoint is of step {self.saved}"
+                    print(f"stopped after step {step}{what}; go on with --resume {self.folder}", file=sys.stderr)
                 # torchrun takes a process that leaves for a failure, and ends those that have not yet
                 all_reduce_max(0)
 
@@ -244,10 +220,7 @@ class Run:
         with written_whole(path) as part:
             figure.savefig(part, format="png", dpi=110)
         if self.tracker:
-            import wandb
-
-            # not the name alone, which a metric may have; no new row, so that the step's metrics may follow
-            self.tracker.log({f"pictures/{name}": wandb.Image(str(path))}, commit=False)
+            log_picture(self.tracker, name, path)
 
 
 def tensors_of(state):

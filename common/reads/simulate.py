@@ -175,7 +175,7 @@ class Args:
     seed: int = 0
     """reads of another seed share nothing"""
     easy: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """an easier pore: no noise of the levels, a third of the noise of the samples, 6 to 12 samples a base"""
+    """an easier pore: no noise of the levels, a third of the noise of the samples, 6 to 12 samples per base"""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Each method for 100 steps on real reads, then three epochs of fine-tuning from each and from scratch, behind the
-# part of docs/results.md with a hundred steps each. $1 is the folder that holds the reads, ../shared/data if not given.
+# Each method for 100 steps on real reads, then three epochs of fine-tuning from each and from scratch, behind
+# docs/results. $1 is the folder that holds the reads, ../shared/data if not given.
 set -eu
 cd "$(dirname "$0")/.."
 data=${1:-../shared/data}

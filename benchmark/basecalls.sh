@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Basecalls of whole reads and what the chunks' lengths do to them, behind docs/results.md. $1 is a basecaller.pt that
-# was fine-tuned on the E. coli reads (benchmark/real_reads.sh), $2 the folder that holds the reads, ../shared/data if
-# not given.
+# Basecalls of whole reads, by beam size and by chunk length, behind docs/results. $1 is a basecaller.pt fine-tuned on
+# the E. coli reads (benchmark/real_reads.sh), $2 the folder that holds the reads, ../shared/data if not given.
 set -eu
 cd "$(dirname "$0")/.."
 weights=$1
@@ -28,8 +27,8 @@ $python prepare_data.py "$data/na12878_r941.pod5" --bam "$data/na12878_r941_move
 call na12878.fastq na12878_r941.pod5
 evaluate na12878.fastq "$run/na12878" --all-reads
 
-# how right calls are, and how like calls of the same model in chunks laid elsewhere; 100000 is no window. In the first
-# line chunks overlap by twice what the three layers of tiny reach, 3 x 600 samples, and 48: as if each read were one
+# Identity with the labels, and with calls of the same model in chunks at other places. A window of 100000 is none. In
+# the first line chunks overlap by twice the reach of tiny's three layers, 3 x 600 samples, and 48: the read as a whole
 while read -r window chunk overlap; do
     name=window_${window}_chunk_${chunk}_overlap_$overlap
     arguments=(--attention-window "$window" --chunk-len "$chunk")

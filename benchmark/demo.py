@@ -2,8 +2,8 @@
 
 Simulated reads -> Barlow Twins -> a basecaller fine-tuned from it, and one from scratch -> a table and a picture.
 
-The pore is simulate.py's easy one (6 to 12 samples a base, a third of the noise), so that a few minutes are enough: on
-real reads this basecaller trains for half an hour (docs/results.md).
+The pore is simulate.py's easy one: 6 to 12 samples per base, a third of the noise. So a few minutes are enough. On real
+reads this basecaller trains for half an hour (docs/results/studies.md).
 """
 
 import shlex
@@ -27,7 +27,7 @@ def main():
     folder = Path("runs") / f"demo__{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
     reads = folder / "reads.hdf5"
-    run("1/4 simulate 400 reads of an easy pore", f"-m common.simulate {reads} --reads 400 --easy")
+    run("1/4 simulate 400 reads of an easy pore", f"-m common.reads.simulate {reads} --reads 400 --easy")
     run(
         "2/4 pretrain a pore model on their current alone",
         f"barlow.py --data {reads} {OURS} --lr 1e-3 --max-steps 100 --run-dir {folder}/barlow",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on real reads, behind docs/results.md. $1 is the folder that holds the reads, ../shared/data if not given.
+# The main job on real reads, behind docs/results. $1 is the folder that holds the reads, ../shared/data if not given.
 set -eu
 cd "$(dirname "$0")/.."
 data=${1:-../shared/data}

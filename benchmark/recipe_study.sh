@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How much each default of fine-tuning matters to the tiny size, from scratch, in three epochs; behind docs/results.md.
+# How much each default of fine-tuning matters to the tiny size, from scratch, in three epochs; behind docs/results.
 # $1 is mapped-signal HDF5; two runs at a time, of one thread each.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,351 +1,229 @@
-"""The grid of evidence.py: jobs done once, broken off and gone on with; its learning rates, table and picture."""
+"""The grid of evidence.py: jobs done once, stopped and gone on with; its learning rates, table and picture."""
 
-import csv
+import importlib
 import json
-import math
-import os
+import shlex
 import shutil
-import signal
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import matplotlib.pyplot as plt
 import pytest
+import tyro
+from filelock import FileLock
 
 from benchmark import evidence, plot_evidence
-from benchmark.evidence import COLUMNS, Args, as_many_steps, complete, key, main, plan, read_rows
-from benchmark.plot_evidence import interval, read_identities, table
+from benchmark.evidence import ARMS, Args, append_row, key, main, plan, read_rows
+from benchmark.plot_evidence import read_identities, table
 from common import InputError
 
-BATCHES = {(fraction, seed): 32 for fraction in (0.1, 1.0) for seed in (0, 1)}
+TUNE = "finetune_basecaller"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """Empty folders for runs and results."""
-    monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs")
+def args(simulated, tmp_path, monkeypatch):
+    """Arguments of a small grid that runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(evidence.time, "sleep", lambda seconds: pytest.fail("waits for nobody"))
-    return tmp_path
+    monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
+    small = {"methods": ("scratch", "barlow"), "fractions": (1.0,), "seeds": (0,), "finetuning_steps": 2}
+    return lambda **changes: Args((simulated,), (simulated,), "small", **small | changes)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The scripts called, which write what they should without training; those in `failing` end with an error."""
+    """The scripts called, [script, words ...]; they write what they should without training.
+
+    how: {script: its exit code, or the file that it leaves when it is stopped}.
+    """
 
     class Calls(list):
-        failing = ()
-
-        def __call__(self, words):
-            script, folder = Path(words[1]).stem, Path(words[words.index("--run-dir") + 1])
-            self.append((script, words[2:]))
-            if script in self.failing:
-                return 1
-            folder.mkdir(parents=True)
-            features = {"feature_spread": 0.5, "effective_rank": 7.0} if script != "finetune_basecaller" else {}
-            lines = [{"step": 2, "loss": 1.0} | features]
-            for step, percent in ((2, 99.0), (3, 50.0)):
-                of = {"loss": 1.0, "identity_mean": percent, "identity_median": percent}
-                lines.append({"step": step} | {f"validation/{name}": value for name, value in of.items()})
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            for name in ("checkpoint", "basecaller_last" if script == "finetune_basecaller" else "pore_model"):
-                (folder / f"{name}.pt").touch()
-            return 0
+        def __call__(self, words, **_):
+            script = Path(words[1]).stem
+            self.append([script, *words[2:]])
+            folder, how = Path(words[-1]), self.how.get(script)  # of --run-dir or --resume
+            folder.mkdir(parents=True, exist_ok="--resume" in words)
+            if isinstance(how, str):
+                (folder / (how or "args.json")).touch()
+                raise KeyboardInterrupt
+            lines = [{"step": 10, "loss": 1, "chunks_per_second": 20}]
+            for step, percent in ((10, 99), (12, 50)):
+                names = "validation/loss", "validation/identity_mean", "validation/identity_median"
+                lines.append({"step": step} | dict.fromkeys(names, percent))
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            (folder / "args.json").write_text('{"batch_size": 4}')
+            (folder / ("basecaller_last.pt" if script == TUNE else "pore_model.pt")).touch()
+            return SimpleNamespace(returncode=how or 0)
 
     found = Calls()
-    monkeypatch.setattr(evidence, "call", found)
+    found.how = {}
+    monkeypatch.setattr(evidence, "current_commit", lambda: "old")
+    monkeypatch.setattr(evidence.subprocess, "run", found)
     return found
 
 
-@pytest.fixture
-def args(simulated):
-    """Of a function, since main() changes a name."""
-    settings = {"name": "small", "pretraining_data": (simulated,), "labelled_data": (simulated,)}
-    settings |= {"pretraining_epochs": 1, "finetuning_steps": 2, "fractions": (1.0,), "seeds": (0,)}
-    return lambda **changes: Args(**settings | {"methods": ("scratch", "barlow")} | changes)
+def rows_of(*columns):
+    return [tuple(row[column] for column in columns) for row in read_rows("small").values()]
 
 
-def test_the_real_scripts_make_a_row_once(place, args):
+def test_the_real_scripts_make_a_row(args):
     assert main(args(methods=("cpc",))) == 0
-    (row,) = read_rows("small")
-    assert row["arm"] == "cpc" and row["split"] == "validation" and row["validation_reads"] == "2"
-    assert float(row["loss"]) > 0 and float(row["seconds"]) > 0 and float(row["pretraining_seconds"]) > 0
-    assert row["commit"] and row["hardware"] and (row["lr"], row["finetuning_steps"]) == ("0.002", "2")
-    (run,) = (place / "runs" / "small").glob("cpc-1.0-0-????????")
+    (row,) = read_rows("small").values()
+    assert (row["arm"], row["split"], row["validation_reads"], row["lr"]) == ("cpc", "validation", "2", "0.002")
+    assert float(row["loss"]) > 0 and row["commit"] == row["pretraining_commit"] != "" and row["hardware"]
+    (run,) = Path("runs/evidence").glob(f"{TUNE}-????????")
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 2 and str(last["validation/loss"]) == row["loss"]
-    assert "pore_model.pt" in json.loads((run / "args.json").read_text())["weights"]
-    assert main(args(methods=("cpc",))) == 0 and len(read_rows("small")) == 1
+    assert (last["step"], str(last["validation/loss"])) == (2, row["loss"])
+    assert json.loads((run / "args.json").read_text())["weights"].endswith("/pore_model.pt")
 
 
-def test_each_pretraining_is_done_once_and_a_deleted_row_alone_again(place, args, calls):
+def test_pretraining_is_shared_and_no_row_is_made_twice(args, calls):
     grid = args(fractions=(0.5, 1.0), seeds=(0, 1))
     assert main(grid) == 0
-    tune = "finetune_basecaller"
-    assert [script for script, _ in calls] == [tune, tune, "barlow", tune, tune] * 2
-    rows = read_rows("small")
-    assert [(row["seed"], row["arm"], row["fraction"]) for row in rows] == [
-        (seed, arm, fraction) for seed in "01" for arm in ("scratch", "barlow") for fraction in ("0.5", "1.0")
-    ]
-    assert {row["identity_mean"] for row in rows} == {"50.0"}  # the last, not the best
-    assert {(row["arm"], row["feature_spread"], row["effective_rank"]) for row in rows} == {
-        ("scratch", "", ""),
-        ("barlow", "0.5", "7.0"),
-    }
-    del calls[:]
-    assert main(grid) == 0 and not calls
-    (path,) = evidence.RESULTS.iterdir()
+    assert [script for script, *_ in calls] == [TUNE, TUNE, "barlow", TUNE, TUNE] * 2
+    jobs = [(seed, arm, fraction) for seed in "01" for arm in ("scratch", "barlow") for fraction in ("0.5", "1.0")]
+    assert rows_of("seed", "arm", "fraction") == jobs
+    measured = rows_of("identity_mean", "seconds", "pretraining_seconds", "pretraining_steps")  # the last, not the best
+    assert set(measured) == {("50", "2.0", "0", "0"), ("50", "2.0", "2.0", "12")}
+    path = evidence.RESULTS / "small.csv"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:3]))
-    path.with_name("small-other.csv").write_text("".join([lines[0], *lines[4:]]))  # of another machine
-    assert main(grid) == 0
-    ((script, words),) = calls
-    assert script == tune and words[words.index("--label-fraction") + 1] == "0.5" and "--weights" in words
-
-
-def test_a_stopped_pretraining_is_resumed_and_one_without_checkpoint_begins_anew(tmp_path, simulated):
-    words = ["cpc.py", "--data", simulated, "--size", "tiny", "--chunk-len", 400, "--batch-size", 4]
-    run, command = tmp_path / "run", " ".join(map(str, [*words, "--max-steps", 2, "--checkpoint-every", 1]))
-    run.mkdir()
-    (run / "args.json").touch()
-    complete(run, command, "pore_model.pt")
-    (run / "pore_model.pt").unlink()
-    log = (run / "args.json").stat().st_mtime_ns
-    attempts = run / "attempts.jsonl"
-    attempts.write_text(json.dumps({"commit": "before", "seconds": 1000.0}) + "\n")
-    commits, seconds = complete(run, command, "pore_model.pt")
-    assert commits == f"before, {evidence.current_commit()}" and seconds > 1000
-    assert (run / "pore_model.pt").exists() and (run / "args.json").stat().st_mtime_ns == log  # not made again
-    assert len(attempts.read_text().splitlines()) == 2
-
-
-def test_a_failed_job_is_named_and_the_others_are_done(place, args, calls, capsys):
-    calls.failing = ("barlow",)
-    assert main(args(methods=("barlow", "scratch"))) == 1
-    assert [row["arm"] for row in read_rows("small")] == ["scratch"]
-    assert capsys.readouterr().err.splitlines()[-1] == "failed: barlow, 1 of the labels, lr 0.002, seed 0"
-
-
-def test_a_job_of_another_process_is_left_to_it(place, args, calls, monkeypatch):
-    (row,) = plan(args(methods=("barlow",)), 2, BATCHES)  # an epoch has one step
-    pretrained = evidence.run_folder(row, "pretrain_command")
-    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
-    lock = pretrained.with_name(pretrained.name + ".lock")
-    lock.parent.mkdir(parents=True)
-    words = [sys.executable, "-c", holder, str(lock)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        assert evidence.do(dict(row)) is False and not calls
-        monkeypatch.setattr(evidence.time, "sleep", lambda seconds: other.communicate(b"\n"))
-        assert main(args(methods=("barlow", "scratch"))) == 0
-    assert [row["arm"] for row in read_rows("small")] == ["scratch", "barlow"]  # others first, then it
-
-
-def test_a_script_that_outlives_a_killed_process_keeps_the_lock(tmp_path):
-    lock = tmp_path / "lock"
-    parent = f"""if True:
-        import pathlib, sys
-        from benchmark import evidence
-        with evidence.locked(pathlib.Path({str(lock)!r})) as mine:
-            print(mine, flush=True)
-            evidence.subprocess.DEVNULL = None  # so that the end of the script can be waited for
-            evidence.call([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"])
-    """
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "True\n"
-        child = int(process.stdout.readline())
-        process.kill()
-        process.wait()
-        with evidence.locked(lock) as mine:
-            assert not mine
-        os.kill(child, signal.SIGKILL)
-        assert not process.stdout.read()  # both have ended
-    with evidence.locked(lock) as mine:
-        assert mine
-
-
-def test_the_key_has_no_run_folders(args, monkeypatch):
-    before = [key(row) for row in plan(args(), 1, BATCHES)]
-    monkeypatch.setattr(evidence, "RUNS", Path("elsewhere"))
-    assert [key(row) for row in plan(args(), 1, BATCHES)] == before
-    assert len({key(row) for row in plan(args(fractions=(0.1, 1.0), seeds=(0, 1)), 1, BATCHES)}) == 8
-    scratch, barlow = (key(row) for row in plan(args(pretraining_epochs=3), 1, BATCHES))
-    assert scratch == before[0] and barlow != before[1]
-
-
-def test_the_yardstick_is_trained_on_simulated_labels_as_long_and_goes_on_head_and_all(place, args, calls, monkeypatch):
-    monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
-    assert main(args(methods=("scratch-long", "simulated"), finetuning_steps=3)) == 0
-    (_, longer), (script, first), (_, then) = calls
-    assert script == "finetune_basecaller" and "simulated/pretraining.hdf5" in str(first[first.index("--data") + 1])
-    assert float(first[first.index("--lr") + 1]) == 0.004
-    assert int(first[first.index("--steps") + 1]) == int(longer[longer.index("--steps") + 1]) - 3
-    assert then[then.index("--weights") + 1] == str(Path(first[first.index("--run-dir") + 1]) / "basecaller_last.pt")
-    assert [float(then[then.index(name) + 1]) for name in ("--lr", "--pore-model-lr")] == [0.002, 0.0005]
-    assert [row["pretraining_steps"] for row in read_rows("small")] == ["0", first[first.index("--steps") + 1]]
-
-
-def test_a_method_goes_on_from_simulated_labels(place, args, calls, monkeypatch):
-    monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
-    seconds = iter([10.0, 1.0, 20.0, 2.0, 1.0])  # of labels, fine-tuning, MoCo, fine-tuning twice
-    took, complete = {}, evidence.complete
-
-    def timed(folder, *words):
-        complete(folder, *words)
-        return took.setdefault(folder, (f"commit{len(took)}", next(seconds) if folder not in took else 0))
-
-    monkeypatch.setattr(evidence, "complete", timed)
-    assert main(args(methods=("simulated", "simulated+moco"))) == 0
-    (first, labels), (last, with_head), (method, words), (_, then) = calls  # simulated labels once, for both arms
-    assert (first, last, method) == ("finetune_basecaller", "finetune_basecaller", "moco")
-    assert words[words.index("--weights") + 1] == f"{labels[labels.index('--run-dir') + 1]}/basecaller_last.pt"
-    assert float(words[words.index("--lr") + 1]) == 1e-4
-    assert then[then.index("--weights") + 1] == f"{words[words.index('--run-dir') + 1]}/pore_model.pt"
-    assert [float(then[then.index(name) + 1]) for name in ("--lr", "--pore-model-lr")] == [0.002, 0.0005]
-    alone, both = read_rows("small")
-    assert int(both["pretraining_steps"]) == int(alone["pretraining_steps"]) + 1  # an epoch has one step
-    assert both["pretrain_command"].startswith(f"{alone['pretrain_command']} && moco.py ")
-    assert (alone["pretraining_seconds"], both["pretraining_seconds"]) == ("10.0", "30.0")
-    assert (alone["pretraining_commit"], both["pretraining_commit"]) == ("commit0", "commit0 && commit2")
-    assert (alone["effective_rank"], both["effective_rank"]) == ("", "7.0")
+    path.write_text("".join(lines[:-1]))
     calls.clear()
-    assert main(args(methods=("simulated-new-head",))) == 0  # from the same weights, but for the head
-    ((_, without),) = calls
-    assert set(without) ^ set(with_head) == {"--new-head", *(words[-1] for words in (without, with_head))}
+    assert main(grid) == 0 and path.read_text() == "".join(lines)  # from what has run
+    shutil.rmtree("runs")
+    assert main(grid) == 0 and not calls
 
 
-def test_when_the_method_after_simulated_labels_fails_their_row_is_there(place, args, calls, monkeypatch, capsys):
+@pytest.mark.parametrize("left, word, commits", [("checkpoint.pt", "--resume", "old, new"), ("", "--run-dir", "new")])
+def test_a_stopped_script_goes_on(args, calls, monkeypatch, left, word, commits):
+    calls.how = {"barlow": left}
+    with pytest.raises(KeyboardInterrupt):
+        main(args())
+    calls.how = {}
+    monkeypatch.setattr(evidence, "current_commit", lambda: "new")
+    assert main(args()) == 0
+    assert [script for script, *_ in calls] == [TUNE, "barlow", "barlow", TUNE] and calls[2][-2] == word
+    assert rows_of("commit", "pretraining_commit") == [("old", ""), ("new", commits)]
+
+
+def test_a_failed_job_is_named_and_the_others_are_done(args, calls, capsys):
+    calls.how = {"moco": 1}
+    failed = main(args(methods=("simulated+moco", "simulated")))  # sys.exit prints it, and the exit code is 1
+    assert failed == "failed: simulated+moco, 1 of the labels, lr 0.002, seed 0"
+    assert [script for script, *_ in calls] == [TUNE, "moco", TUNE]
+    assert rows_of("arm") == [("simulated",)] and "python moco.py --data" in capsys.readouterr().err
+
+
+def test_a_job_of_another_process_is_skipped(args, calls, capsys):
+    main(args())
+    (pretrained,) = Path("runs/evidence").glob("barlow-????????")
+    (evidence.RESULTS / "small.csv").unlink()
+    with FileLock(f"{pretrained}.lock"):
+        assert main(args(methods=("barlow", "scratch"))) == 0
+    assert rows_of("arm") == [("scratch",)]
+    assert "barlow, 1 of the labels, lr 0.002, seed 0: another process is at it\n" in capsys.readouterr().out
+
+
+def test_rows_are_added_side_by_side_to_those_there(args):
+    before = (Path(__file__).parents[1] / "benchmark" / "results" / "real.csv").read_text()
+    evidence.RESULTS.mkdir()
+    (evidence.RESULTS / "real.csv").write_text(before)
+    with ThreadPoolExecutor(4) as pool:
+        rows = [{"name": "real", "pretrain_command": "", "finetune_command": f"{number}"} for number in range(20)]
+        list(pool.map(append_row, rows))
+    after = (evidence.RESULTS / "real.csv").read_text()
+    assert after.startswith(before)
+    assert sorted(int(line.split(",")[-1]) for line in after.removeprefix(before).splitlines()) == list(range(20))
+
+
+def test_all_commands_have_options_of_the_scripts(args):
+    lines = {command for _, commands in plan(args(methods=tuple(ARMS))) for command in commands}
+    assert len(lines) == 21  # 5 of fine-tuning, 1 of simulated labels, 7 of methods, 8 after those
+    for script, *words in map(shlex.split, lines):
+        assert tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=words).data
+
+
+def test_the_rows_of_the_repository_count(tmp_path, monkeypatch):
+    """The commands of all arms, to the letter: here are the counts of the reads that they were made with."""
+
+    def counts(stores, chunk_len, split, labelled=False, share=None, fraction=1.0, seed=0):
+        chunks = MagicMock(number_of_reads=12, steps_per_epoch=lambda batch_size: 266)
+        chunks.__len__.return_value = {(0.01, 1): 18, (0.01, 2): 15}.get((fraction, seed), 100)
+        return chunks
+
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence, "write_simulated", lambda path, reads, seed: path.touch())
-    calls.failing = ("moco",)
-    assert main(args(methods=("simulated+moco", "simulated"))) == 1
-    assert [script for script, _ in calls] == ["finetune_basecaller", "moco", "finetune_basecaller"]
-    assert [row["arm"] for row in read_rows("small")] == ["simulated"]
-    assert "python moco.py" in capsys.readouterr().err
-
-
-def test_scratch_long_has_the_passes_of_both():
-    # 300 * 8/3 * 64 / 32 = 1600 steps, and with the thesis's chunks of 3600 a third of them
-    assert as_many_steps(Args(), 300, 32) == 1600
-    assert as_many_steps(Args(size="thesis"), 300, 32) == 534
+    monkeypatch.setattr(evidence, "open_data", lambda paths: None)
+    monkeypatch.setattr(evidence, "Chunks", counts)
+    data = Path("../shared/data")
+    raw, labelled = (data / "unlabelled_r94.pod5", data / "na12878_r941.pod5"), (data / "ecoli_r94_mapped.hdf5",)
+    grids = {90: {}, 15: {"tune": True, "seeds": (0,)}, 108: {"fractions": (0.01, 0.1), "methods": tuple(ARMS)}}
+    for jobs, settings in grids.items():
+        rows = [row for row, _ in plan(Args(raw, labelled, **settings))]
+        assert len(rows) == jobs and all(key(row) in read_rows("real") for row in rows)
 
 
 def result(**changes):
-    row = dict.fromkeys(COLUMNS, "") | {"name": "small", "arm": "scratch", "fraction": 1.0, "seed": 0, "size": "tiny"}
-    row |= {"split": "validation", "finetuning_steps": 2, "lr": 0.002, "identity_mean": 50.0} | changes
-    # the commands differ where the rows do, as they would
-    words = f"--label-fraction {row['fraction']} --seed {row['seed']} --lr {row['lr']} --weights {row['arm']}"
-    return row | {"finetune_command": f"finetune_basecaller.py {words}{' --tune' * (row['split'] == 'tune')}"}
+    row = {"name": "small", "arm": "scratch", "fraction": 1.0, "seed": 0, "size": "tiny", "split": "validation"}
+    row |= {"validation_reads": 2, "validation_chunks": 9, "finetuning_steps": 2, "lr": 0.002, "identity_mean": 50.0}
+    row |= changes
+    words = "--label-fraction {fraction} --seed {seed} --lr {lr} --weights {arm}{split}".format(**row)
+    return {"pretrain_command": "", "finetune_command": f"{TUNE}.py {words}"} | row
 
 
-def write(rows, host="here"):
-    evidence.RESULTS.mkdir(exist_ok=True)
-    with open(evidence.RESULTS / f"small-{host}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+def write(*rows):
+    (evidence.RESULTS / "small.csv").unlink(missing_ok=True)
+    for row in rows:
+        append_row(row)
 
 
-def test_tune_searches_and_the_grid_takes_the_best_rate_of_each_fraction(place, args, calls):
-    assert main(args(tune=True)) == 0
-    assert [float(words[words.index("--lr") + 1]) for _, words in calls] == list(evidence.RATES)
-    assert all("--tune" in words for _, words in calls) and {row["split"] for row in read_rows("small")} == {"tune"}
-    calls.clear()
-    assert main(args(tune=True, lr=0.5)) == 0  # one more rate than the usual ones
-    assert [words[words.index("--lr") + 1] for _, words in calls] == ["0.5"]
-    rows = [(0.1, 0.001, 40), (0.1, 0.002, 41), (1.0, 0.002, 70), (1.0, 0.008, 72), (1.0, 0.004, 71)]
-    rows = [result(split="tune", fraction=f, lr=lr, identity_mean=identity) for f, lr, identity in rows]
-    more = [(0.002, 69), (0.004, 72), (0.008, 70)]  # 8e-3 is best with seed 0, but not in the mean
-    rows += [result(split="tune", fraction=1.0, lr=lr, identity_mean=identity, seed=1) for lr, identity in more]
-    write([*rows, result(split="tune", lr=0.001, identity_mean=99, finetuning_steps=9), result(identity_mean=99)])
-    shutil.rmtree(evidence.RUNS)
-    for path in evidence.RESULTS.glob("small-*.csv"):
-        if path.name != "small-here.csv":
-            path.unlink()
-    jobs = plan(args(fractions=(0.1, 1.0)), 1, BATCHES)
-    assert [(job["arm"], job["lr"]) for job in jobs] == [
-        ("scratch", 0.002),
-        ("scratch", 0.004),
-        ("barlow", 0.002),
-        ("barlow", 0.004),
-    ]
-    assert {job["lr"] for job in plan(args(lr=0.5), 1, BATCHES)} == {0.5}
-    write([result(split="tune", fraction=0.1, lr=0.001, identity_mean=60, seed=1)], "there")  # alone: does not compare
-    with pytest.raises(InputError, match=r"no row of --tune at 0.1 of the labels with lr 0.002 and seed 1, "):
-        plan(args(fractions=(0.1, 1.0)), 1, BATCHES)
+def test_tune_searches_and_the_grid_takes_the_best_of_each_fraction(args, calls):
+    assert main(args(tune=True)) == main(args(tune=True, lr=0.5)) == 0
+    assert [float(call[call.index("--lr") + 1]) for call in calls] == [*evidence.LEARNING_RATES, 0.5]
+    assert all("--tune" in call for call in calls) and set(rows_of("split")) == {("tune",)}
+    found = [(0.1, 0, 0.001, 40), (0.1, 0, 0.002, 41), (1.0, 0, 0.002, 70), (1.0, 0, 0.008, 72), (1.0, 0, 0.004, 71)]
+    found += [(1.0, 1, 0.002, 69), (1.0, 1, 0.004, 72), (1.0, 1, 0.008, 70)]  # 0.008 is best with seed 0 alone
+    found += [(0.1, 1, 0.001, 60)]  # with a seed that the other learning rate has not
+    rows = [result(split="tune", fraction=f, seed=seed, lr=lr, identity_mean=x) for f, seed, lr, x in found]
+    write(*rows, result(split="tune", lr=0.001, identity_mean=99, finetuning_steps=9), result(identity_mean=99))
+    jobs = [(row["arm"], row["lr"]) for row, _ in plan(args(fractions=(0.1, 1.0)))]
+    assert jobs == [("scratch", 0.002), ("scratch", 0.004), ("barlow", 0.002), ("barlow", 0.004)]
+    assert {row["lr"] for row, _ in plan(args(lr=0.5))} == {0.5}
 
 
-def test_the_interval_is_students():
-    mean, half = interval([1.0, 2.0, 3.0])  # sd 1, t of two degrees of freedom 4.303: 4.303 / sqrt(3)
-    assert mean == 2 and half == pytest.approx(2.4843, abs=1e-4)
-    for few in ([5.0], [4.0, 6.0]):
-        mean, half = interval(few)
-        assert mean == 5 and math.isnan(half)
-
-
-def test_table_and_picture_pair_the_seeds(place, monkeypatch):
+def test_table_and_picture_pair_the_seeds(args, tmp_path, monkeypatch):
     identities = {"scratch": (60, 70, 50), "barlow": (61, 72, 53)}
     rows = [result(arm=arm, seed=seed, identity_mean=x) for arm, xs in identities.items() for seed, x in enumerate(xs)]
-    rows += [result(arm="barlow", fraction=0.1, identity_mean=30)]
-    write(rows)
-    found = read_identities("small")
-    assert list(table(found))[2:] == [
-        "| from scratch |  |  | 0 | 60.00 ± 24.84 |  | 3 |",
-        "| Barlow Twins | 30.00 |  | 1 | 62.00 ± 23.70 | +2.00 ± 2.48 | 3 |",
+    write(*rows[::-1], result(arm="barlow", fraction=0.1, identity_mean=30), result(arm="dino", seed=1))
+    assert list(table(read_identities("small"))) == [
+        "| | 10 % of labels | gain | 100 % of labels | gain |",
+        "|---|---|---|---|---|",
+        "| from scratch |  |  | 60.0 70.0 50.0 |  |",
+        "| DINO |  |  | - 50.0 - | - -20.0 -, mean -20.00 |",
+        "| Barlow Twins | 30.0 |  | 61.0 72.0 53.0 | +1.0 +2.0 +3.0, mean +2.00 |",
     ]
-    assert list(table(found, "barlow"))[2:] == [
-        "| from scratch |  |  | 0 | 60.00 ± 24.84 | -2.00 ± 2.48 | 3 |",
-        "| Barlow Twins | 30.00 |  | 1 | 62.00 ± 23.70 |  | 3 |",
-    ]
+    assert list(table(read_identities("small"), "barlow"))[2].endswith("| -1.0 -2.0 -3.0, mean -2.00 |")
+    write(*rows, result(arm="simulated-new-head", identity_mean=70), result(arm="simulated+moco", identity_mean=71))
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    plot_evidence.plot(found, place / "picture.png")
-    assert (place / "picture.png").read_bytes().startswith(b"\x89PNG")
-    left, right = plt.gcf().axes
-    assert len(left.containers) == 2 and len(right.containers) == 1
-    hollow = [line for line in right.lines if line.get_fillstyle() == "none"]
-    assert [line.get_ydata()[0] for line in hollow] == [0.3]
-    write([*rows, result(arm="simulated-new-head", identity_mean=70), result(arm="simulated+moco", identity_mean=71)])
-    plot_evidence.plot(read_identities("small"), place / "picture.png")
-    left, right, last = plt.gcf().axes
-    assert len(left.containers) == 2 and len(right.containers) == 1  # as before
-    ((line, *_),) = last.containers
-    assert line.get_ydata() == [1]
+    plot_evidence.plot(read_identities("small"), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in plt.gcf().axes]  # means and seeds of each arm
+    assert drawn == [[[60], [60, 70, 50], [62], [61, 72, 53]], [[2], [1, 2, 3], [0, 0], [0.3]], [[1], [1], [0, 0]]]
     monkeypatch.undo()
     plt.close("all")
 
 
-def test_rows_of_other_data_or_settings_are_refused(place):
-    """Commands may differ in what the table has a place for, and between arms in how the weights came about."""
-    rows = [
-        result(arm="barlow", seed=s) | {"pretrain_command": f"barlow.py --data a.pod5 --seed {s}"} for s in range(3)
-    ]
-    write([result(), *rows])
-    assert {arm: list(found[1.0]) for arm, found in read_identities("small").items()} == {
-        "scratch": [0],
-        "barlow": [0, 1, 2],
-    }
-    for column, old, new in (("pretrain_command", "a.pod5", "b.pod5"), ("finetune_command", "--lr", "--tail 5 --lr")):
-        write([result(), *rows[:2], rows[2] | {column: rows[2][column].replace(old, new)}])
-        with pytest.raises(
-            InputError, match=r"barlow, 1.0 of the labels, seed 2 do not compare: (pretrain|fine-tun)ing"
-        ):
-            read_identities("small")
-
-
-@pytest.mark.parametrize("column", ["finetune_command", "lr", "size", "finetuning_steps"])
-def test_rows_that_do_not_compare_are_refused(place, column):
-    other = {"finetune_command": "another"} if column == "finetune_command" else {"seed": 1, column: "9"}
-    write([result(seed=2), result()])  # in any order
-    write([result() | {"commit": "another"}], "there")  # the same made twice does no harm
-    assert read_identities("small")["scratch"] == {1.0: {2: 50.0, 0: 50.0}}
-    write([result() | other], "there")
-    with pytest.raises(InputError, match=rf"small: .* do not compare: {column} .* and "):
+@pytest.mark.parametrize("column", ["finetune_command", "pretrain_command", "lr", "finetuning_steps", "same seed"])
+def test_rows_that_do_not_compare_are_refused(args, column):
+    rows = [result(arm="barlow", seed=s, pretrain_command=f"barlow.py --data a.pod5 --seed {s}") for s in range(3)]
+    write(*rows, result())
+    assert list(read_identities("small")) == ["scratch", "barlow"]
+    if column == "same seed":
+        rows.append(rows[2] | {"finetune_command": rows[2]["finetune_command"] + " --batch-size 9"})
+    else:
+        rows[2][column] = f"{rows[2][column]} --new 9"
+    write(*rows, result())
+    with pytest.raises(InputError, match=r"^small: barlow, 1.0 of the labels, seed 2 does not compare with"):
         read_identities("small")
-
-
-def test_half_a_row_is_refused_by_name(place, args):
-    write([result()])
-    path = evidence.RESULTS / "small-here.csv"
-    path.write_text(path.read_text()[:-30])
-    with pytest.raises(InputError, match=r"small-here.csv: has lines that are no rows"):
-        main(args())

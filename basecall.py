@@ -6,7 +6,7 @@ chunks may be longer than in training, and what is called hardly depends on wher
 overlap is twice the attention window times the layers, and 32 samples more.)
 
 The quality of a base is Q = -10 log10(1 - p), p its highest probability before the next base begins. It is not fitted
-to anything; docs/results.md compares it with the errors made.
+to anything; docs/results/basecalling.md compares it with the errors made.
 
     python basecall.py runs/RUN/basecaller.pt reads/ -o calls.fastq
     python basecall.py runs/RUN/basecaller.pt reads.pod5 -o calls.bam

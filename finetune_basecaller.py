@@ -37,7 +37,7 @@ from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 STEPS_PER_FRAME = 2
 VALIDATE_EVERY = 50  # steps, or each epoch where one is longer
 
-# Used where an argument is not given. tiny and small: docs/results.md has the study; thesis: not tried, a guess.
+# Used where an argument is not given. tiny and small: docs/results/studies.md; thesis: not tried, a guess.
 RECIPES = {
     "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "dropout": 0.1},
     "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},

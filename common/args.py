@@ -43,9 +43,9 @@ def parse_args(args_class):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args_class.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     saved, words = None, sys.argv[1:]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for i, word in enumerate(words):
         if word.startswith("--resume"):
-            saved = _read_args(Path(word.partition("=")[2] or following), TypeAdapter(args_class))
+            saved = _read_args(Path(word.partition("=")[2] or "".join(words[i + 1 : i + 2])), TypeAdapter(args_class))
     args = tyro.cli(args_class, default=saved, console_outputs=rank() == 0)
     try:
         TypeAdapter(args_class).validate_python(vars(args))

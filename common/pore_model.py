@@ -260,7 +260,8 @@ def rotations(frames, channels, device):
     Rotary positions (Su et al. 2021, "RoFormer", eq. 34): after them, the product of a query and a key depends on how
     far apart they stand and not on where the chunk was cut. Like the sinusoids added to the input that the thesis has,
     they have no parameters and no longest chunk; they train a tiny basecaller faster (docs/results/studies.md).
-    Wavelengths are 2 pi to 20000 pi frames. Values are turned by 0: so all three are turned at once, in long runs of memory.
+    Wavelengths are 2 pi to 20000 pi frames. Values are turned by 0: so all three are turned at once, in long runs of
+    memory.
     """
     rate = 10000.0 ** -(torch.arange(0, HEAD_WIDTH, 2, device=device) / HEAD_WIDTH)
     angle = torch.arange(frames, device=device)[:, None] * rate

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 
 import simsiam
 from benchmark.plot_runs import read_metrics
-from common.simulate import write_simulated
+from common.reads.simulate import write_simulated
 
 
-def loss_without_stop_gradient(x1, x2, h1, h2):
-    """simsiam_loss, but with gradients into x1 and x2."""
-    cosine1, cosine2 = F.cosine_similarity(x1, h2).mean(), F.cosine_similarity(x2, h1).mean()
+def loss_without_stop_gradient(z1, z2, p1, p2):
+    """simsiam_loss, but with gradients into z1 and z2."""
+    cosine1, cosine2 = F.cosine_similarity(z1, p2).mean(), F.cosine_similarity(z2, p1).mean()
     return 2 - cosine1 - cosine2, {"cosine1": cosine1, "cosine2": cosine2}
 
 
 def collapse_args(data, folder):
     """Small and at a high learning rate, so that 60 steps are enough."""
-    settings = {"size": "tiny", "device": "cpu", "chunk_len": 200, "batch_size": 32, "representation": 64}
+    settings = {"size": "tiny", "device": "cpu", "chunk_len": 200, "batch_size": 32, "embedding_dim": 64}
     return simsiam.Args(data=(data,), run_dir=folder, lr=1e-2, max_steps=60, **settings)
 
 

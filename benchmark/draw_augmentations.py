@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from common.augment import EXTRA, drop_points, noise, view
-from common.normalise import med_mad
-from common.simulate import simulate_read
+from common.reads.normalise import med_mad
+from common.reads.simulate import simulate_read
 
 SEED = 101  # gives a crop, a shuffle and two views that show well
 AUGMENTATIONS = {"noise": noise, "drop-point": drop_points, "view": view, **EXTRA}

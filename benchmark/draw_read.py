@@ -12,10 +12,11 @@ from pathlib import Path
 import tyro
 
 from common import InputError
-from common.bam import Basecalls
-from common.data import Rejected, normalised, raw_files, reads_of
-from common.pictures import draw_read
-from common.run import parse_args
+from common.args import parse_args
+from common.reads.bam import Basecalls
+from common.reads.formats import Rejected, raw_files, reads_of
+from common.reads.normalise import normalised
+from common.reads.pictures import draw_read
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Args:
     samples: int = 1500
     """how many samples to draw"""
     chunk_len: int = 3600
-    """samples a chunk of validation, which tiles a read from its first labelled base on"""
+    """samples per chunk of validation, which tiles a read from its first labelled base on"""
     bam: tuple[str, ...] = ()
     """basecalls of the read with move tables, one row each: name=calls.bam"""
 

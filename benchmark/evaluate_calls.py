@@ -16,9 +16,9 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError
-from common.data import ALPHABET, in_validation, open_data
-from common.metrics import align, identity
-from common.run import parse_args
+from common.args import parse_args
+from common.chunks import in_validation, open_data
+from common.ctc import ALPHABET, align, identity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

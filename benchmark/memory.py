@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.data import StoreWriter
-from common.simulate import simulate_read
+from common.reads.simulate import simulate_read
+from common.reads.store import StoreWriter
 
 READ = 50_000  # samples of a read; 100 kB
 SIZES = {"50 MB": 500, "5 GB": 50_000}  # reads

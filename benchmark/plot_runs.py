@@ -132,7 +132,7 @@ def finetuning_table(runs):
 
 
 def pretraining_table(runs):
-    """First and last of the logged training steps, the last validation, median chunks a second."""
+    """First and last of the logged training steps, the last validation, median chunks per second."""
     yield "| run | steps | loss | validation loss | feature spread | effective rank | chunks / s |"
     yield "|---|---|---|---|---|---|---|"
     for label, metrics in runs.items():

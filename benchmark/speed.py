@@ -6,8 +6,9 @@
 It runs the scripts themselves, on simulated reads, without validation, logs and checkpoints. A row has
 
 step            seconds a training step, the median; chunks_per_second goes by it
-parts           of that step: data, views, forward (with heads), loss, backward, optimizer (with averages and queues),
-                and the rest. On a GPU those of the same step once more, which waits for the device after each part
+parts           of that step: data, views, forward (with projectors), loss, backward, optimizer (with averages), and
+                the rest, queue and centre included. On a GPU those of the same step once more, which waits for the
+                device after each part
 peak_memory     MB: of the tensors on a GPU, of the process on a CPU
 bound           seconds of the pore model's passes alone: PlainPoreModel, forward and backward, on as many chunks, all
                 as long as the views of this step on average. No padding, masks, views, head, loss or optimizer
@@ -18,9 +19,9 @@ flops           model FLOPs of a step
 utilisation     flops / step, as a share of what a large matrix product reaches here in the same precision
 
 Model FLOPs are two for each multiplication of a matrix product; a backward pass counts as two forward passes. A
-forward pass of a chunk with T valid frames, C channels, F features of the feed-forward and R of the representation:
+forward pass of a chunk with T valid frames, C channels, F features of the feed-forward and R of the embedding:
 2 K I O a position that a convolution of kernel K, from I to O channels, makes; 2 T (4 C^2 + 2 C F) + 4 T^2 C a layer;
-14 T C^2 / 8 + 2 R (C / 8 frames / 4 + R) the head; 4 R^2 a predictor; 2 P C (C + N) CPC's predictions and scores.
+14 T C^2 / 8 + 2 R (C / 8 frames / 4 + R) the projector; 4 R^2 a predictor; 2 P C (C + N) CPC's predictions and scores.
 """
 
 import contextlib
@@ -45,10 +46,10 @@ from torch import nn
 
 from benchmark.memory import make_store
 from common import InputError
-from common.augment import Views
-from common.data import Batch, Chunks
+from common.args import parse_args
+from common.chunks import Batch, Chunks
+from common.device import autocast, pick_device
 from common.pore_model import ENCODERS, HEAD_WIDTH, SIZES, PoreModel, frames_of
-from common.run import autocast, parse_args, pick_device
 
 # passes of the pore model in a step: forward and backward, forward without gradient
 PASSES = {"simclr": (2, 0), "moco": (1, 1), "simsiam": (2, 0), "byol": (2, 2), "dino": (2, 2), "barlow": (2, 0)}
@@ -63,11 +64,11 @@ class Args:
     sizes: tuple[Literal[tuple(SIZES)], ...] = ()
     """sizes of the pore model; if not given, thesis on a GPU, tiny and small without one"""
     batch_sizes: tuple[int, ...] = ()
-    """chunks a step; if not given, 64 and the largest power of two that fits on a GPU, 32 without one"""
+    """chunks per step; if not given, 64 and the largest power of two that fits on a GPU, 32 without one"""
     chunk_len: int = 3600
-    """samples a chunk"""
+    """samples per chunk"""
     steps: int = 5
-    """timed steps a row"""
+    """timed steps per row"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to run"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -142,7 +143,7 @@ def step_flops(method, args, samples, frames):
     flops = pore_model_flops(args.size, samples, frames)
     if method == "cpc":
         return 3 * args.batch_size * (flops + 2 * args.future_steps * channels * (channels + args.batch_size))
-    width, r = channels // 8, args.representation
+    width, r = channels // 8, args.embedding_dim
     flops += 14 * frames * channels * width + 2 * r * (width * (frames_of(args.chunk_len) // 4) + r)
     predictor = 4 * r**2 if method in ("simsiam", "byol") else 0
     return args.batch_size * (3 * trained * (flops + predictor) + averaged * flops)
@@ -182,10 +183,10 @@ class Clock:
         def call(*args, **settings):
             with self.part(part):
                 result = function(*args, **settings)
-            if isinstance(result, Views):
-                self.lengths.append(result.lengths)
-            elif isinstance(result, int):  # cpc's present frame
+            if isinstance(result, int):  # cpc's present frame
                 self.present = result
+            elif part == "views":
+                self.lengths.append(result[1])
             return result
 
         return call
@@ -233,7 +234,7 @@ def measure(method, args, steps, padding=True):
         plain.zero_grad()
         return seconds
 
-    def watched_steps(run, first, last, batch_size):
+    def watched_steps(run, first, last):
         """Each step some times over, and its bound."""
         for step in range(1, BEFORE + steps + 1):
             row = {}
@@ -248,7 +249,7 @@ def measure(method, args, steps, padding=True):
             row["parts"], samples = dict(clock.parts), round(float(torch.cat(clock.lengths).float().mean()))
             frames = frames_of(samples) if clock.present is None else clock.present + 1
             row["flops"] = step_flops(method, args, samples, frames)
-            row["bound"] = bound(torch.randn(batch_size, samples, device=device), frames)
+            row["bound"] = bound(torch.randn(args.batch_size, samples, device=device), frames)
             if padding:
                 with patch.object(PoreModel, "forward", lambda model, signal, lengths: whole_forward(model, signal)):
                     clock.start()
@@ -261,8 +262,6 @@ def measure(method, args, steps, padding=True):
     parts += [(script, "random_present", "views"), (script, f"{method}_loss", "loss")]
     parts += [(torch.Tensor, "backward", "backward"), (torch.optim.Adam, "zero_grad", "optimizer")]
     parts += [(torch.optim.Adam, "step", "optimizer"), (script, "update_average", "optimizer")]
-    parts += [(getattr(script, "Queue", None), "push", "optimizer")]
-    parts += [(getattr(script, "Center", None), "update", "optimizer")]
     instead = {(at, name): clock.timed(part, getattr(at, name)) for at, name, part in parts if hasattr(at, name)}
     instead[script, "autocast"] = lambda *settings: clock.part("forward", autocast(*settings))
     instead[script.Run, "steps"], instead[script.Run, "log"] = watched_steps, lambda *_, **__: None

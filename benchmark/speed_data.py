@@ -23,8 +23,11 @@ from tqdm import tqdm
 import basecall
 import finetune_basecaller
 from common import InputError
-from common.data import Chunks, prepare
-from common.run import load_tensors, parse_args, pick_device
+from common.args import parse_args
+from common.chunks import Chunks
+from common.device import pick_device
+from common.pore_model import load_tensors
+from common.reads.store import prepare
 
 
 @dataclass
@@ -38,9 +41,9 @@ class Args:
     reads: int = 20
     """how many of the raw reads are called"""
     chunk_len: int = 3600
-    """samples a chunk, of the batches"""
+    """samples per chunk, of the batches"""
     batch_size: int = 64
-    """chunks a batch, of the batches"""
+    """chunks per batch, of the batches"""
 
 
 def row(what, **figures):

@@ -236,7 +236,7 @@ def stop_if_not_finite(step, loss, terms, batch):
     """InputError, with the reads of the batch, if the loss is not finite; the last checkpoint stays as it is."""
     if not torch.isfinite(loss):
         # a name with a slash is one of many
-        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items() if "/" not in name)
+        terms = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items() if "/" not in name)
         raise InputError(
             f"step {step}: the loss is {loss.item()} ({terms}); try a lower --lr or --precision fp32, "
             f"or look at the reads of this batch: {' '.join(sorted(set(batch.reads)))}"

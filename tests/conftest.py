@@ -1,13 +1,17 @@
-"""Fixtures of all tests: a cache folder of their own, the real reads where they are, simulated reads."""
+"""Fixtures of all tests: a cache folder of their own, the real reads where they are, simulated reads, processes."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
+import h5py
 import pytest
 
 import prepare_data
-from common.run import parse_args
-from common.simulate import write_simulated
+from common.args import parse_args
+from common.reads.simulate import write_simulated
+from common.reads.store import prepare
+from tests import forks
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,16 @@ def simulated(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def few(simulated, tmp_path_factory):
+    """A read store of three of the simulated reads, one of them in the validation split: 43 and 28 tiles of 400."""
+    folder = tmp_path_factory.mktemp("few")
+    with h5py.File(simulated) as every, h5py.File(folder / "reads.hdf5", "w") as file:
+        for name in ("simulated-1-1", "simulated-1-3", "simulated-1-6"):
+            every.copy(f"Reads/{name}", file.require_group("Reads"))
+    return prepare([folder / "reads.hdf5"], folder / "store").path
+
+
 @pytest.fixture
 def command(monkeypatch):
     """prepare_data.py with these words, in this process."""
@@ -44,3 +58,15 @@ def command(monkeypatch):
         prepare_data.main(parse_args(prepare_data.Args))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def server():
+    """server(folder, *calls): exit code and lines on standard error of a process that makes these calls there."""
+    with forks.server() as run:
+        yield run
+
+
+@pytest.fixture
+def child(server, tmp_path):
+    return partial(server, tmp_path)

@@ -1,57 +1,57 @@
-"""What tests/test_distributed.py runs, as it is and under torchrun: python -m tests.distributed_worker JOB DATA OUT
+"""What tests/test_distributed.py compares: python -m tests.distributed_worker DATA OUT
 
-Views and dropout, which each process draws for itself, are made the same for one process and for several.
+Each job runs in one process or in two, which are told what torchrun would tell them. They are forks of this one, since
+imports take longer than the steps.
 """
 
 import importlib
+import itertools
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which the first optimizer would import, in each process
 
-from common.augment import view
-from common.distributed import all_gather, part_of, rank, world_size
+from common.chunks import Chunks
+from common.device import all_gather, part_of, pick_device, rank, world_size
 from common.pore_model import FeatureEncoder, PoreModel
-from common.run import Run, pick_device
+from common.run import Run
 from tests.test_methods import METHODS, settings
 
-
-def prepared(name):
-    """The module of a script, to be run more than once in these processes."""
-    script = importlib.import_module(name)
-    script.pick_device = lambda name: DEVICE
-    return script
+SCRIPTS = [*METHODS, "finetune_basecaller"]
+STEPS = {"float64": 3, "float32": 1}
 
 
 def arguments(name, data, folder, **changes):
     if name != "finetune_basecaller":
-        small = {} if name == "cpc" else {"representation": 32}
-        return settings(name, data, folder, **{"batch_size": 8, "chunk_len": 400, "lr": 1e-4} | small | changes)
+        return settings(name, data, folder, **{"lr": 1e-4} | changes)
     args = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 8, "lr": 1e-4, "epochs": 100} | changes
-    return prepared(name).Args(data=(data,), run_dir=folder, **args)
+    return importlib.import_module(name).Args(data=(data,), run_dir=folder, **args)
 
 
-class WholeViews:
-    """The views that one process would draw of the whole batch, each process's part of them."""
+class WholeBatch:
+    """A function of random changes that draws, of the whole batch, what one process would: each has its part."""
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, change):
+        self.change, self.calls = change, 0
 
     def __call__(self, signal, lengths, *options):
         self.calls += 1
-        whole, whole_lengths = all_gather(signal, lengths)
+        signal, lengths = all_gather(signal, lengths)
         with torch.random.fork_rng():
             torch.manual_seed(self.calls)
-            views = view(whole, whole_lengths, *options)
-        return type(views)(*(x[part_of(len(x))] for x in views))
+            signal, lengths = self.change(signal, lengths, *options)
+        return signal[part_of(len(signal))], lengths[part_of(len(lengths))]
 
 
 def compare(data, out, dtype):
-    """Losses, gradients and the state at the end of three steps of each script, without dropout."""
+    """Losses, gradients, validation and the state at the end of the first steps of each script, without dropout."""
     torch.set_default_dtype(getattr(torch, dtype))
     if dtype == "float64":
         torch.Tensor.float = torch.Tensor.double  # of the losses
@@ -59,62 +59,103 @@ def compare(data, out, dtype):
     FeatureEncoder.forward = lambda self, signal, *rest: forward(self, signal.to(torch.get_default_dtype()), *rest)
     PoreModel.of_size = lambda size, dropout=0.0, encoder="wide": of_size(size, 0.0, encoder)
     PoreModel.from_state_dict = lambda state, dropout=0.0: of_state(state, 0.0)
-    for name in [*METHODS, "finetune_basecaller"]:
-        script, seen, views = prepared(name), {"losses": [], "gradients": []}, WholeViews()
-        script.view, script.gain_offset = views, lambda signal, lengths, *options: views(signal, lengths)
+    for name in SCRIPTS:
+        script, seen = importlib.import_module(name), {"losses": [], "gradients": []}
+        for change in ("noise", "drop_points", "gain_offset"):
+            if hasattr(script, change):
+                setattr(script, change, WholeBatch(getattr(script, change)))
         if dtype == "float64" and name == "finetune_basecaller":  # whose decoder takes float32 alone
             script.best_path = lambda log_probs, decode=script.best_path: decode(log_probs.to(torch.float32))
         script.seed_step = lambda seed, step: torch.manual_seed(step)
         loss_name = "ctc_loss" if name == "finetune_basecaller" else f"{name}_loss"
         loss_function, adam = getattr(script, loss_name), torch.optim.Adam.step
 
-        def loss_of(*inputs, seen=seen, loss_function=loss_function):
+        def loss_of(*inputs):
             loss, terms = loss_function(*inputs)
             if loss.requires_grad:
                 seen["losses"].append({"loss": loss.detach(), **terms})
             return loss, terms
 
-        def step_of(optimizer, *rest, seen=seen, adam=adam):
+        def step_of(optimizer, *rest):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             seen["gradients"].append([p.grad.clone() for p in parameters])
             return adam(optimizer, *rest)
 
-        def checkpoint(run, step, seen=seen, **state):
-            seen["state"] = state
+        def checkpoint(run, step, parts):
+            seen["state"], run.saved = {part: parts[part].state_dict() for part in parts}, step
 
         setattr(script, loss_name, loss_of)
         torch.optim.Adam.step, Run.checkpoint = step_of, checkpoint
-        script.main(arguments(name, data, out / f"{name}-run", max_steps=3))
+        Run.log = lambda run, step, **metrics: seen.update(validation=metrics)
+        script.main(arguments(name, data, out / f"{name}-run", max_steps=STEPS[dtype]))
         torch.optim.Adam.step = adam
         torch.save(seen, out / f"{name}-{rank()}.pt")
 
 
 def resume(data, out):
     """Each script whole, and stopped at a step of its own by a SIGTERM that reaches the last process alone, resumed."""
-    for name in [*METHODS, "finetune_basecaller"]:
-        script, stopped, chance = prepared(name), out / f"{name}-stopped", random.Random(name)
-        script.main(arguments(name, data, out / f"{name}-whole", max_steps=10))
-        when, cut = chance.randrange(1, 10), script.Chunks.batch
+    for name in SCRIPTS:
+        script, stopped = importlib.import_module(name), out / f"{name}-stopped"
+        script.LOG_EVERY = 2
+        script.main(arguments(name, data, out / f"{name}-whole", max_steps=4))
+        when, cut = random.Random(name).randrange(1, 4), Chunks.batch
 
-        def batch(chunks, seed, step, size, when=when, cut=cut):
+        def batch(chunks, seed, step, size):
             if step + 1 == when and rank() == world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return cut(chunks, seed, step, size)
 
-        script.Chunks.batch = batch
-        try:
-            script.main(arguments(name, data, stopped, max_steps=10))
-        except SystemExit as end:
-            assert end.code == 128 + signal.SIGTERM
-        script.Chunks.batch = cut
+        Chunks.batch = batch
+        assert script.main(arguments(name, data, stopped, max_steps=4)) == 128 + signal.SIGTERM
+        Chunks.batch = cut
         if rank() == 0:
             shutil.copy(stopped / "checkpoint.pt", out / f"{name}-stopped.pt")
             (out / f"{name}-stopped-at").write_text(str(when))
-        script.main(arguments(name, data, None, max_steps=10, resume=stopped))
+        script.main(arguments(name, data, None, max_steps=4, resume=stopped))
+
+
+def start(processes, job, data, out, *options):
+    """Starts the job in so many processes, and returns their ids."""
+    out.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(processes):
+        started.append(os.fork())
+        if started[-1] == 0:
+            try:
+                signal.alarm(600)  # seconds: if one does not do what the others do, they wait for ever
+                if processes > 1:
+                    told = {"TORCHELASTIC_RUN_ID": job.__name__, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                    told |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes}
+                    os.environ.update({key: str(value) for key, value in told.items()})
+                pick_device("cpu")  # joins the others
+                for name in SCRIPTS:  # which would join them for each run
+                    importlib.import_module(name).pick_device = torch.device
+                job(data, out, *options)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+    return started
 
 
 if __name__ == "__main__":
-    DEVICE = pick_device("cpu")
-    torch.set_num_threads(1)
-    job, data, out, *rest = sys.argv[1:]
-    globals()[job](Path(data), Path(out), *rest)
+    torch.set_num_threads(1)  # more do not survive a fork
+    for name in SCRIPTS:
+        importlib.import_module(name)
+    data, out = map(Path, sys.argv[1:])
+    tiles, Run.picture = Chunks.tiles, lambda *given: None  # which takes a second
+    Chunks.tiles = lambda *given, **options: itertools.islice(tiles(*given, **options), 2)  # enough of a validation
+    started = start(2, resume, data, out / "resumed")
+    for dtype in STEPS:
+        for processes in (1, 2):
+            started += start(processes, compare, data, out / f"{dtype}-{processes}", dtype)
+    while started:
+        process, status = os.wait()
+        started.remove(process)
+        if status:  # the others may wait for it
+            for other in started:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-HALF = 200  # samples before and after the central one
-EVERY = 24  # samples from one example to the next
+HALF = 100  # samples before and after the central one
+EVERY = 48  # samples from one example to the next
 
 
 def examples_of(store):
-    """Chunks (n, 400) of a labelled read store and the base in the pore at the centre of each, (n,) of 0-3."""
+    """Chunks (n, 200) of a labelled read store and the base in the pore at the centre of each, (n,) of 0-3."""
     chunks, bases = [], []
     for read in store.reads:
         signal = store.signal[read["start"] : read["start"] + read["length"]]

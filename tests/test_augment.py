@@ -1,4 +1,4 @@
-"""Views of a chunk: what each augmentation does to the valid samples of each row, and that it does nothing else."""
+"""What each augmentation does to the valid samples of each row, and that it does nothing else."""
 
 import itertools
 
@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from common.augment import (
-    EXTRA,
-    Views,
     drop_points,
     flip_current,
     flip_time,
@@ -20,14 +18,15 @@ from common.augment import (
     random_crop,
     shuffle,
     time_warp,
-    view,
 )
 from common.pore_model import valid_positions
-from common.simulate import SIGNAL_BASE, kmer_levels, simulate_read
+from common.reads.simulate import SIGNAL_BASE, kmer_levels, simulate_read
 
 WIDTH, LENGTHS = 403, torch.tensor([403, 250, 97, 8, 5, 1] * 4)
-ALL = {"noise": noise, "drop-points": drop_points, **EXTRA}
-ALL |= {f"view with {name}": lambda x, n, name=name: view(x, n, extra=(name,)) for name in EXTRA}
+EACH = [noise, drop_points, shuffle, moving_average, random_crop, flip_time, flip_current, gain_offset, time_warp]
+EACH = {augmentation.__name__: augmentation for augmentation in EACH}
+EACH["mask_spans"] = lambda signal, lengths: mask_spans(signal, lengths)[:2]
+each = pytest.mark.parametrize("augmentation", EACH.values(), ids=EACH)
 
 
 @pytest.fixture(autouse=True)
@@ -48,48 +47,36 @@ def valid_rows(signal, lengths):
 # ------------------------------------------------------------------------------------------------ all of them
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_padding_stays_zero_and_the_input_unchanged(name):
+@each
+def test_the_padding_stays_zero_and_the_input_unchanged(augmentation):
     signal, lengths = batch()
     before = signal.clone()
-    out, out_lengths = ALL[name](signal, lengths)
-    assert out.shape == signal.shape
-    assert out.dtype == signal.dtype
+    out, out_lengths = augmentation(signal, lengths)
+    assert out.shape == signal.shape and out.dtype == signal.dtype
     assert out_lengths.dtype == torch.int64
     assert not out[~valid_positions(out_lengths, WIDTH)].any()
     assert torch.equal(signal, before)
-    if "drop" not in name and "view" not in name:
-        assert torch.equal(out_lengths, lengths)
+    assert augmentation is drop_points or torch.equal(out_lengths, lengths)
 
 
+@each
 @pytest.mark.parametrize("garbage", [1e6, float("nan")])
-@pytest.mark.parametrize("name", ALL)
-def test_garbage_in_the_padding_reaches_no_valid_sample(name, garbage):
+def test_garbage_in_the_padding_reaches_no_valid_sample_and_comes_out_as_zero(augmentation, garbage):
     signal, lengths = batch()
-    expected, expected_lengths = ALL[name](signal, lengths)
+    expected = augmentation(signal, lengths)
     torch.manual_seed(0)
-    out, out_lengths = ALL[name](batch(padding=garbage)[0], lengths)
-    assert torch.equal(out_lengths, expected_lengths)
-    valid = valid_positions(out_lengths, WIDTH)
-    assert torch.equal(out[valid], expected[valid])
+    out = augmentation(batch(padding=garbage)[0], lengths)
+    assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
-@pytest.mark.parametrize("garbage", [1e6, float("nan")])
-@pytest.mark.parametrize("name", ALL)
-def test_the_padding_comes_out_zero_whatever_went_in(name, garbage):
-    out, out_lengths = ALL[name](*batch(padding=garbage))
-    assert (out[~valid_positions(out_lengths, WIDTH)] == 0).all()
-
-
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"moving-average"}))
-def test_the_seed_alone_decides(name):
+@each
+def test_the_seed_alone_decides(augmentation):
     signal, lengths = batch()
-    first = ALL[name](signal, lengths)
-    assert not torch.equal(first[0], ALL[name](signal, lengths)[0])
+    first = augmentation(signal, lengths)
+    assert (augmentation is moving_average) == torch.equal(first[0], augmentation(signal, lengths)[0])
     torch.manual_seed(0)
-    again = ALL[name](signal, lengths)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
+    again = augmentation(signal, lengths)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 # ------------------------------------------------------------------------------------------------ noise
@@ -157,31 +144,7 @@ def test_drop_points_at_the_ends_of_the_range():
     assert (out_lengths == 1).all()
 
 
-# ------------------------------------------------------------------------------------------------ views
-
-
-def test_a_view_is_noise_then_drop_point_and_two_views_differ():
-    signal, lengths = batch()
-    view1, view2 = view(signal, lengths), view(signal, lengths)
-    assert isinstance(view1, Views)
-    assert not torch.equal(view1.signal, view2.signal)
-    assert not torch.equal(view1.lengths, view2.lengths)
-    torch.manual_seed(0)
-    expected = drop_points(*noise(signal, lengths))
-    assert torch.equal(view1.signal, expected[0])
-    assert torch.equal(view1.lengths, expected[1])
-
-
-@pytest.mark.parametrize("name", EXTRA)
-def test_an_extra_comes_before_noise_and_drop_point(name):
-    signal, lengths = batch()
-    found = view(signal, lengths, 0.5, (0.1, 0.2), extra=(name,))
-    torch.manual_seed(0)
-    expected = drop_points(*noise(*EXTRA[name](signal, lengths), 0.5), 0.1, 0.2)
-    assert torch.equal(found.signal, expected[0])
-
-
-# ------------------------------------------------------------------------------------------------ the extras
+# ------------------------------------------------------------------------------------------------ the others
 
 
 def test_shuffle_puts_the_eight_segments_of_each_row_in_a_random_order():
@@ -217,13 +180,13 @@ def test_moving_average_is_the_mean_of_the_valid_samples_within_three():
 
 def test_random_crop_stretches_a_part_of_half_to_all_of_the_row():
     """A ramp 0, 1, 2... stays a ramp; its ends tell what was cut."""
-    lengths = torch.tensor([3600, 40] * 200)
-    ramp = torch.arange(3600.0).double().expand(400, -1) * valid_positions(lengths, 3600)
+    lengths = torch.tensor([900, 40] * 200)
+    ramp = torch.arange(900.0).double().expand(400, -1) * valid_positions(lengths, 900)
     out, _ = random_crop(ramp, lengths)
     last = (lengths - 1).double()
     first, end = out[:, 0], out.gather(1, lengths[:, None] - 1)[:, 0]
-    expected = first[:, None] + ((end - first) / last)[:, None] * torch.arange(3600)
-    torch.testing.assert_close(out, expected * valid_positions(lengths, 3600), rtol=0, atol=2e-3)
+    expected = first[:, None] + ((end - first) / last)[:, None] * torch.arange(900)
+    torch.testing.assert_close(out, expected * valid_positions(lengths, 900), rtol=0, atol=2e-3)
     part = (end - first) / last
     assert (first >= 0).all()
     assert (end <= last).all()
@@ -276,11 +239,11 @@ def test_gain_offset_is_one_line_for_each_row():
     signal, lengths = torch.randn(4000, 50, dtype=torch.float64), torch.tensor([50, 37] * 2000)
     signal *= valid_positions(lengths, 50)
     out, _ = gain_offset(signal, lengths, gain=0.3, offset=0.5)
-    fits = [np.polyfit(*rows, 1) for rows in zip(valid_rows(signal, lengths), valid_rows(out, lengths), strict=True)]
-    for (gain, offset), before, after in zip(fits, valid_rows(signal, lengths), valid_rows(out, lengths), strict=True):
-        np.testing.assert_allclose(after, gain * before + offset, atol=1e-9)
-    gains, offsets = np.array([gain - 1 for gain, _ in fits]), np.array([offset for _, offset in fits])
-    for draws, sd in ((gains, 0.3), (offsets, 0.5)):
+    gains = (out[:, 1] - out[:, 0]) / (signal[:, 1] - signal[:, 0])
+    offsets = out[:, 0] - gains * signal[:, 0]
+    expected = (gains[:, None] * signal + offsets[:, None]) * valid_positions(lengths, 50)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+    for draws, sd in ((gains - 1, 0.3), (offsets, 0.5)):
         assert abs(draws.mean()) < 5 * sd / 4000**0.5
         assert draws.std() == pytest.approx(sd, rel=0.05)
     assert abs(np.corrcoef(gains, offsets)[0, 1]) < 0.08
@@ -316,22 +279,24 @@ def test_time_warp_of_no_strength_is_the_row_itself():
 
 def test_mask_spans_sets_whole_spans_to_zero_and_the_given_share_in_all():
     signal, lengths = torch.ones(300, 2000), torch.full((300,), 2000)
-    out, _ = mask_spans(signal, lengths, share=0.4, span=25)
-    zero = out == 0
-    assert ((out == 1) | zero).all()
-    assert zero.double().mean() == pytest.approx(0.4, abs=0.01)
+    out, _, masked = mask_spans(signal, lengths, share=0.4, span=25)
+    assert masked.dtype == torch.bool and torch.equal(out, 1.0 - masked.float())
+    assert masked.double().mean() == pytest.approx(0.4, abs=0.01)
     for at in (slice(0, 30), slice(-30, None)):  # not fewer at the ends of the row
-        assert zero[:, at].double().mean() == pytest.approx(0.4, abs=0.06)
-    edges = F.pad(zero, (1, 1)).byte().diff(dim=1)
+        assert masked[:, at].double().mean() == pytest.approx(0.4, abs=0.06)
+    edges = F.pad(masked, (1, 1)).byte().diff(dim=1)
     first, end = (edges == 1).nonzero(), (edges == 255).nonzero()
     inside = (first[:, 1] > 0) & (end[:, 1] < 2000)  # those at the ends may be cut
     assert (end - first)[inside, 1].min() == 25
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_mask_spans_of_none_and_of_all(share):
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mask_spans_says_what_it_masked_and_the_padding_is_none_of_it(share):
     signal, lengths = batch()
-    assert torch.equal(mask_spans(signal, lengths, share=share)[0], signal * (1 - share))
+    out, _, masked = mask_spans(signal, lengths, share=share)
+    valid = valid_positions(lengths, WIDTH)
+    assert torch.equal(out, signal * ~masked) and not masked[~valid].any()
+    assert share == 0.3 or (masked[valid] == bool(share)).all()
 
 
 def test_the_figures_of_the_page_on_augmentations():

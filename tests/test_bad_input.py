@@ -1,18 +1,21 @@
 """Bad input ends with one line that names the file or argument, an exit code, and nothing half-written."""
 
-import os
+import importlib
+import itertools
+import math
 import pickle
-import re
-import resource
 import shutil
 import subprocess
 import sys
+import typing
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 import barlow
 import cpc
@@ -21,8 +24,11 @@ import finetune_basecaller
 import moco
 import prepare_data
 from common import InputError
+from common.args import parse_args
 from common.pore_model import PoreModel
-from common.run import parse_args
+from common.reads import simulate
+from tests.forks import full_disk, script, without_bars
+from tests.test_store import entries
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = {script.__name__: script for script in (barlow, cpc, dino, moco, finetune_basecaller, prepare_data)}
@@ -33,18 +39,18 @@ def refused(tmp_path, cache, monkeypatch, recwarn):
     """Runs a script in this process, sees that it is refused and leaves nothing, and gives the message."""
     monkeypatch.chdir(tmp_path)
 
-    def run(script, *words):
+    def run(name, *words):
         words = [str(word) for word in words]
-        if script == "prepare_data":
+        if name == "prepare_data":
             words += ["--out", "run"]
         else:
             run_dir = [] if "--resume" in words else ["--run-dir", "run"]
             words = ["--size", "tiny", "--device", "cpu", "--max-steps", "1", *run_dir, *words]
         before = set(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         with pytest.raises(InputError) as error:
-            SCRIPTS[script].main(parse_args(SCRIPTS[script].Args))
+            SCRIPTS[name].main(parse_args(SCRIPTS[name].Args))
         message = str(error.value)
         assert "\n" not in message and len(message) < 600
         assert not [w for w in recwarn if w.category is not ResourceWarning]  # they would be printed, too
@@ -55,14 +61,6 @@ def refused(tmp_path, cache, monkeypatch, recwarn):
         return message
 
     return run
-
-
-def run_script(tmp_path, script, *words, **options):
-    """Exit code and the lines on standard error, progress bars apart, of a script in a process of its own."""
-    words = [sys.executable, str(PROJECT / f"{script}.py"), *map(str, words)]
-    done = subprocess.run(words, cwd=tmp_path, env=os.environ, capture_output=True, text=True, **options)
-    lines = [line.split("\r")[-1] for line in done.stderr.splitlines()]
-    return done.returncode, [line for line in lines if line.strip() and not re.search(r"\d\d:\d\d.*\] *$", line)]
 
 
 def edited(simulated, path, edit, reads=None):
@@ -91,40 +89,42 @@ def truncated(simulated, path):
 
 
 def test_one_line_and_an_exit_code(simulated, tmp_path, cache):
-    """The whole way once, through a process of its own; the rest of this file looks at the InputError."""
+    """The whole way once, through a process of its own; most of this file looks at the InputError."""
     path = truncated(simulated, tmp_path / "cut.hdf5")
-    code, lines = run_script(tmp_path, "barlow", "--data", path, "--size", "tiny")
-    assert code == 1 and len(lines) == 1
-    assert lines[0].startswith(f"barlow.py: {path}: cannot be read") and "Traceback" not in lines[0]
-    assert not list(cache.iterdir()) and not (tmp_path / "runs").exists()
+    words = [sys.executable, PROJECT / "barlow.py", "--data", path, "--size", "tiny"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    (line,) = without_bars(done.stderr)
+    assert done.returncode == 1 and line.startswith(f"barlow.py: {path}: cannot be read")
+    assert not entries(cache) and not (tmp_path / "runs").exists()
 
 
-def limit_file_size():
-    """What a full disk does: no file grows over 100 000 bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+def three_reads():
+    """A run with no data simulates fewer reads, for time."""
+    write = simulate.write_simulated
+    simulate.write_simulated = lambda path, reads: write(path, reads // 100)
 
 
 @pytest.mark.parametrize("data", ["given", "simulated by the script"])
-def test_full_disk_while_the_cache_is_written(simulated, tmp_path, cache, data):
+def test_full_disk_while_the_cache_is_written(child, simulated, cache, tmp_path, data):
     words = ["--data", simulated] if data == "given" else []
-    code, lines = run_script(tmp_path, "barlow", "--size", "tiny", *words, preexec_fn=limit_file_size)
-    assert code == 1 and len(lines) == 1, (code, lines[:3])
-    assert str(cache) in lines[0] and "cannot be written" in lines[0] and "free space" in lines[0]
-    assert not list(cache.iterdir()) and not (tmp_path / "runs").exists()
+    done = child(three_reads, partial(full_disk, 100_000), partial(script, "barlow", "--size", "tiny", *words))
+    (line,) = done[1]
+    assert done[0] == 1 and str(cache) in line and "cannot be written" in line and "free space" in line
+    assert not entries(cache) and not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ files
 
 
 def test_no_such_file(refused, tmp_path):
-    for script, words in (("barlow", ["--data"]), ("finetune_basecaller", ["--data"]), ("prepare_data", [])):
-        assert refused(script, *words, tmp_path / "none.pod5") == f"{tmp_path}/none.pod5: no such file or folder"
+    for name, words in (("barlow", ["--data"]), ("finetune_basecaller", ["--data"]), ("prepare_data", [])):
+        assert refused(name, *words, tmp_path / "none.pod5") == f"{tmp_path}/none.pod5: no such file or folder"
 
 
-@pytest.mark.parametrize("script", ["barlow", "prepare_data"])
-def test_truncated_hdf5(refused, simulated, tmp_path, script):
+@pytest.mark.parametrize("name", ["barlow", "prepare_data"])
+def test_truncated_hdf5(refused, simulated, tmp_path, name):
     path = truncated(simulated, tmp_path / "cut.hdf5")
-    message = refused(script, *(["--data"] if script == "barlow" else []), path)
+    message = refused(name, *(["--data"] if name == "barlow" else []), path)
     assert message.startswith(f"{path}: cannot be read as hdf5") and "fetch or write it again" in message
 
 
@@ -149,8 +149,8 @@ def test_an_hdf5_without_reads(refused, tmp_path):
 
 def test_an_empty_folder(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    for script, words in (("barlow", ["--data"]), ("prepare_data", [])):
-        message = refused(script, *words, tmp_path / "empty")
+    for name, words in (("barlow", ["--data"]), ("prepare_data", [])):
+        message = refused(name, *words, tmp_path / "empty")
         assert message.startswith(f"{tmp_path}/empty: no ") and ".pod5" in message
 
 
@@ -177,8 +177,8 @@ def test_reads_shorter_than_a_chunk(refused, simulated):
 @pytest.mark.parametrize("edit, reason", [(no_calibration, "no calibration"), (backwards, "goes backwards")])
 def test_no_read_is_usable(refused, simulated, tmp_path, edit, reason):
     path = edited(simulated, tmp_path / "bad.hdf5", edit)
-    for script, words in (("barlow", ["--data"]), ("prepare_data", [])):
-        message = refused(script, *words, path)
+    for name, words in (("barlow", ["--data"]), ("prepare_data", [])):
+        message = refused(name, *words, path)
         assert message.startswith(f"{path}: no read can be used (left out: 12 ") and reason in message
 
 
@@ -252,50 +252,50 @@ def test_a_cache_that_cannot_be_made(refused, simulated, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("name", "words", "message"),
     [
-        "--chunk-len 0",
-        "--chunk-len -3600",
-        "--lr -1",
-        "--lr 0",
-        "--lr nan",
-        "--noise-factor -1",
-        "--drop-chance 0.9 0.1",
-        "--drop-chance 0.5 1.0",
-        "--drop-chance -0.1 0.2",
-        "--batch-size 0",
-        "--epochs 0",
-        "--max-steps 0",
-        "--warmup-steps -1",
-        "--checkpoint-every 0",
-        "--seed -1",
-        "--representation 0",
+        ("barlow", "--chunk-len 24", "--chunk-len 24: should be greater than or equal to 25"),
+        ("barlow", "--batch-size 1", "--batch-size 1: should be greater than or equal to 2"),
+        ("barlow", "--lr -1", "--lr -1.0: should be greater than 0"),
+        ("barlow", "--lr nan", "--lr nan: should be a finite number"),
+        ("barlow", "--drop-chance 0.9 0.1", "--drop-chance 0.9 0.1: should be LOW HIGH, with LOW at most HIGH"),
+        ("barlow", "--drop-chance 0.5 1.0", "--drop-chance 1.0: should be less than 1"),
+        ("barlow", "--dropout 1", "--dropout 1.0: should be less than 1"),
+        ("finetune_basecaller", "--label-fraction 1.5", "--label-fraction 1.5: should be less than or equal to 1"),
+        ("moco", "--momentum 1.1", "--momentum 1.1: should be less than or equal to 1"),
+        ("dino", "--teacher-temperature 0", "--teacher-temperature 0.0: should be greater than 0"),
+        ("prepare_data", "--min-identity 70", "--min-identity 70.0: should be less than or equal to 1"),
+        ("cpc", "--future-steps 50", "--future-steps 50: chunks may have only 50 frames; give fewer, "),
+        ("cpc", "--future-steps 30 --drop-chance 0.25 0.38", "--future-steps 30: chunks may have only 25 frames; "),
+        ("moco", "--batchnorm-groups 3", "--batchnorm-groups: should cut --batch-size into equal groups of 2 or more"),
+        ("moco", "--batchnorm-groups 4", "--batchnorm-groups: should cut --batch-size into equal groups of 2 or more"),
+        ("barlow", "--batch-size 5000", "--batch-size 5000: more than the 243 training chunks there are"),
+        ("finetune_basecaller", "--batch-size 5000", "--batch-size 5000: more than the 243 training chunks there are"),
     ],
 )
-def test_arguments_that_cannot_be_meant(refused, simulated, words):
-    words = words.split()
-    message = refused("barlow", "--data", simulated, "--batch-size", "4", *words)
-    assert " ".join(words) in message and "should be" in message
+def test_arguments_that_cannot_be_meant(refused, simulated, name, words, message):
+    settings = [] if name == "prepare_data" else ["--chunk-len", "400", "--batch-size", "4", "--data"]
+    assert refused(name, *settings, simulated, *words.split()).startswith(message)
 
 
-@pytest.mark.parametrize("words", ["--label-fraction 0", "--label-fraction 1.5", "--pore-model-lr -1", "--lr -1"])
-def test_arguments_of_fine_tuning(refused, simulated, words):
-    message = refused("finetune_basecaller", "--data", simulated, *words.split())
-    assert words in message and "should be" in message
-
-
-def test_chunk_len_of_prepare_data(refused, simulated):
-    assert "--chunk-len 0" in refused("prepare_data", simulated, "--chunk-len", "0")
-
-
-def test_a_chunk_too_short_for_the_head(refused, simulated):
-    message = refused("barlow", "--data", simulated, "--chunk-len", "20", "--batch-size", "4")
-    assert "--chunk-len 20" in message
-
-
-@pytest.mark.parametrize("script", ["barlow", "finetune_basecaller"])
-def test_more_chunks_a_batch_than_there_are(refused, simulated, script):
-    assert "--batch-size 5000: more than the" in refused(script, "--data", simulated, "--batch-size", "5000")
+@pytest.mark.parametrize("name", [*SCRIPTS, "basecall", "byol", "simclr", "simsiam"])
+def test_no_number_may_be_anything(name, monkeypatch):
+    """Each argument that is a number, or two, has a constraint beside it, by which none may be negative or nan."""
+    args = importlib.import_module(name).Args
+    needed = {"basecall": ["weights.pt", "a.pod5", "-o", "-"], "prepare_data": ["a.pod5", "-o", "out"]}.get(
+        name, ["--seed", "0"]
+    )
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *needed])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    given, check, numbers = vars(parse_args(args)), TypeAdapter(args).validate_python, 0
+    check(given)
+    for argument, kind in typing.get_type_hints(args).items():
+        kinds = {kind, *typing.get_args(kind), *itertools.chain(*map(typing.get_args, typing.get_args(kind)))}
+        for value in (-1, math.nan) if float in kinds else (-1,) if int in kinds else ():
+            numbers += 1
+            with pytest.raises(ValidationError, match=argument):
+                check(given | {argument: (value, value) if argument == "drop_chance" else value})
+    assert numbers > 2
 
 
 def test_a_run_folder_that_exists(refused, simulated, tmp_path):
@@ -374,31 +374,8 @@ def bad_weights(kind, tmp_path):
 def test_weights_that_are_none(refused, simulated, tmp_path, kind):
     path = bad_weights(kind, tmp_path)
     methods = [] if kind == "basecaller of other bases" else ["barlow"]  # its pore model is all that they take
-    for script in ["finetune_basecaller", *methods]:
-        message = refused(script, "--data", simulated, "--weights", path, "--batch-size", "2")
+    for name in ["finetune_basecaller", *methods]:
+        message = refused(name, "--data", simulated, "--weights", path, "--batch-size", "2")
         assert str(path) in message and not (tmp_path / "executed").exists()
         if kind == "other size":
             assert "with 4 layers of 256 channels" in message and "this run has 3 layers of 128 channels" in message
-
-
-def test_a_batch_of_one_chunk_has_no_statistics(refused, simulated):
-    assert "--batch-size 1:" in refused("barlow", "--data", simulated, "--chunk-len", "400", "--batch-size", "1")
-
-
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        ("cpc", "--future-steps 50"),
-        ("cpc", "--future-steps 30 --drop-chance 0.25 0.38"),
-        ("moco", "--batchnorm-groups 3"),
-        ("moco", "--batchnorm-groups 4"),
-        ("moco", "--queue 3"),
-        ("moco", "--momentum 1.1"),
-        ("dino", "--center-momentum -0.1"),
-        ("dino", "--teacher-temperature 0"),
-    ],
-)
-def test_arguments_of_a_method_that_cannot_be_meant(refused, simulated, method, words):
-    words = words.split()
-    message = refused(method, "--data", simulated, "--chunk-len", "400", "--batch-size", "4", *words)
-    assert message.startswith(" ".join(words[:2]))

@@ -1,4 +1,4 @@
-"""common/bam.py and prepare_data.py --bam, against reads that are made base by base, and on real ones."""
+"""common/reads/bam.py and prepare_data.py --bam, against reads that are made base by base, and on real ones."""
 
 import array
 import itertools
@@ -14,10 +14,13 @@ import pysam
 import pytest
 
 from common import InputError
-from common.bam import Basecalls
-from common.data import RawRead, ReadStore, Rejected, hash_of, normalised, raw_reads
-from common.simulate import kmer_levels
-from tests.test_data import wander, write_pod5
+from common.chunks import hash_of
+from common.reads.bam import Basecalls
+from common.reads.formats import RawRead, Rejected, raw_reads
+from common.reads.normalise import normalised
+from common.reads.simulate import kmer_levels
+from common.reads.store import ReadStore
+from tests.test_formats import wander, write_pod5
 
 STRIDE, TRIMMED = 5, 7
 PAIRS = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}
@@ -352,7 +355,7 @@ def test_letters_other_than_the_four_bases_are_rejected(one):
 @pytest.mark.parametrize("md", ["3", "rubbish", "", "^", "5^A", "-5", "10A500", "400^AC0", "1000000", "10^ACGT49", 5])
 def test_a_wrong_md_tag_is_rejected(tmp_path, md):
     """In a process of its own: pysam 0.24.1 writes beyond its memory where MD is shorter than the alignment."""
-    reads, contigs = {str(i): make(i, edits=(0, 0, 0, 0), length=400) for i in range(40)}, {}
+    reads, contigs = {str(i): make(i, edits=(0, 0, 0, 0), length=400) for i in range(12)}, {}
     records = [aligned(read, name, contigs, **({"MD": md} if int(name) % 4 else {})) for name, read in reads.items()]
     calls = Basecalls([write_bam(tmp_path / "calls.bam", records, contigs)])
 
@@ -395,7 +398,7 @@ def test_changed_tags_are_labelled_or_rejected(tmp_path):
         lambda: array.array("I", [5, 2**32 - 1, 1]), lambda: array.array("i", [2**31 - 1, 1]),
     ]  # fmt: skip
     fine, kept, left_out, failed = make(0), 0, 0, []
-    for number in range(600):
+    for number in range(300):
         read, contigs = make(number, length=15), {}
         tags = rng.choice(["mv", "ts", "ns", "pi", "sp", "dx"], rng.integers(1, 3))
         tags = {tag: values[rng.integers(len(values))]() for tag in tags}
@@ -422,7 +425,7 @@ def test_changed_tags_are_labelled_or_rejected(tmp_path):
             assert bases.dtype == np.uint8 and set(bases.tolist()) <= {1, 2, 3, 4} and len(bases) > 0
             assert starts.dtype == np.int64 and len(starts) == len(bases) + 1 and (np.diff(starts) >= 0).all()
             assert starts[0] >= 0 and starts[-1] <= len(result.dacs) and re.fullmatch(r"a(:\d+)?", result.id)
-    assert kept > 50 and left_out > 50 and not failed, failed
+    assert kept > 30 and left_out > 30 and not failed, failed
 
 
 # -------------------------------------------------------------------------------------------------- prepare_data.py

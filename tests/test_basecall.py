@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import uuid
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
-import pod5
 import pysam
 import pytest
 import torch
@@ -18,13 +18,15 @@ import torch
 import basecall
 from basecall import chunk_starts, chunks_of, decode, log_probabilities
 from common import InputError
-from common.bam import Basecalls
-from common.data import ALPHABET, RawRead, normalised, raw_reads
+from common.args import parse_args
+from common.ctc import ALPHABET
 from common.pore_model import HOP, MaskedBatchNorm1d, PoreModel
-from common.run import parse_args
+from common.reads.bam import Basecalls
+from common.reads.formats import RawRead, raw_reads
+from common.reads.normalise import normalised
 from finetune_basecaller import Basecaller
-from tests.test_bad_input import PROJECT
-from tests.test_data import wander, write_fast5, write_mapped, write_pod5
+from tests.forks import full_disk, script, stdout_to
+from tests.test_formats import PROJECT, wander, write_fast5, write_mapped, write_pod5
 
 CPU = torch.device("cpu")
 FORMATS = (".fastq", ".fastq.gz", ".bam")
@@ -99,7 +101,8 @@ def test_chunks_equal_the_whole_read_where_a_frame_depends_on_its_samples_alone(
     """At every step. Half of an overlap of 32 is what the wide encoder sees on either side."""
     model, step = basecaller(identity=True, encoder=encoder), chunk_len - overlap
     around = [chunk_len, chunk_len + step, chunk_len + 3 * step]
-    reads = signals([1, 2, 7, 8, 9, 31, *(n + d for n in around for d in (-9, -8, -1, 0, 1, 7, 8, 9)), 3001])
+    around = [n + d for n in around for d in (-8, -1, 0, 1, 9)]
+    reads = signals([1, 7, 8, 9, 31, *around, min(3001, 10 * chunk_len + 1)])
     args = settings(chunk_len=chunk_len, overlap=overlap, batch_size=batch_size)
     for (number, samples), (read, found) in zip(reads, log_probabilities(model, reads, args, CPU), strict=True):
         expected = whole(model, samples)
@@ -262,20 +265,6 @@ def parsed(path):
         return {record.name: (record.sequence, list(record.get_quality_array())) for record in file}
 
 
-def in_a_process(weights, *words, code="", **options):
-    """The script in a process of its own, `code` run before it; matplotlib's cache is made once for all of them."""
-    code = f"import sys, os, resource, signal, basecall\nsys.argv[0] = 'basecall.py'\n{code}\n"
-    code += "basecall.main(basecall.parse_args(basecall.Args))"
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "MPLCONFIGDIR": str(weights.parent)}
-    words = map(str, [*COMMON, weights, *words])
-    return subprocess.run([sys.executable, "-c", code, *words], env=environment, **options)
-
-
-def lines_but_progress(stderr):
-    lines = [line.split("\r")[-1] for line in stderr.decode().splitlines()]
-    return [line for line in lines if line.strip() and "basecalling:" not in line]
-
-
 def test_all_formats_hold_the_same_reads(call, raw_file, reads, weights, capsys):
     expected = parsed(plain := call(raw_file))
     assert list(expected) == list(reads)
@@ -291,7 +280,8 @@ def test_all_formats_hold_the_same_reads(call, raw_file, reads, weights, capsys)
     assert said.out == "" and f"called: {len(reads)} reads, {bases} bases\nleft out: none" in said.err
     assert parsed(call(raw_file, out="other/calls.bam")) == expected
     assert gzip.decompress(call(raw_file, out="calls.fastq.gz").read_bytes()) == plain.read_bytes()
-    done = in_a_process(weights, raw_file, "-o", "-", capture_output=True)
+    words = [sys.executable, PROJECT / "basecall.py", *COMMON, weights, raw_file, "-o", "-"]
+    done = subprocess.run(words, capture_output=True)  # the whole way once, through a process of its own
     assert done.returncode == 0 and done.stdout == plain.read_bytes()
     assert b"basecalling: 100%" in done.stderr and done.stderr.endswith(b" bases\nleft out: none\n")
 
@@ -306,9 +296,8 @@ def test_all_formats_hold_the_same_reads(call, raw_file, reads, weights, capsys)
         ('{"bonito": 1}', "", 75),
     ],
 )
-def test_the_window_is_half_of_a_chunk_in_training(
-    weights, raw_file, call, tmp_path, monkeypatch, saved, words, frames
-):
+def test_the_window_is_half_of_a_chunk_in_training(weights, reads, call, tmp_path, monkeypatch, saved, words, frames):
+    write_pod5(tmp_path / "one.pod5", dict([*reads.items()][1:2]))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "basecaller.pt").write_bytes(weights.read_bytes())
     if saved is not None:
@@ -317,16 +306,15 @@ def test_the_window_is_half_of_a_chunk_in_training(
     monkeypatch.setattr(
         basecall, "basecalls", lambda model, *rest: seen.append(model.pore_model.window) or calls(model, *rest)
     )
-    call(raw_file, *words.split(), weights=tmp_path / "run" / "basecaller.pt")
+    call(tmp_path / "one.pod5", *words.split(), weights=tmp_path / "run" / "basecaller.pt")
     assert seen == [frames]
 
 
-@pytest.mark.parametrize(
-    "words", ["--beam-size 5", "--attention-window 16", "--chunk-len 408", "--chunk-len 1200 --overlap 8"]
-)
-def test_settings_reach_the_calls(call, raw_file, words):
-    found = [parsed(call(raw_file, *more, out=f"{len(more)}.fastq")) for more in ([], words.split())]
-    assert found[0].keys() == found[1].keys() and found[0] != found[1]
+def test_settings_reach_the_calls(call, raw_file):
+    expected = parsed(call(raw_file))
+    for words in ("--beam-size 5", "--attention-window 16", "--chunk-len 408", "--chunk-len 1200 --overlap 8"):
+        found = parsed(call(raw_file, *words.split(), out=f"{words[2:]}.fastq"))
+        assert found.keys() == expected.keys() and found != expected, words
 
 
 def test_tags_of_a_bam(call, raw_file, reads):
@@ -344,19 +332,12 @@ def test_tags_of_a_bam(call, raw_file, reads):
         assert tags["qs"] == pytest.approx(-10 * np.log10(sum(errors) / len(errors)), rel=1e-5)
 
 
-def write_rna(path, reads, monkeypatch):
-    run_info = pod5.RunInfo
-    with monkeypatch.context() as patched:
-        patched.setattr(pod5, "RunInfo", lambda **run: run_info(**run | {"sequencing_kit": "sqk-rna004"}))
-        write_pod5(path, reads)
-
-
 @pytest.mark.parametrize("rna", [False, True])
-def test_prepare_data_finds_the_bases_of_a_bam_at_their_places(call, raw_file, reads, tmp_path, monkeypatch, rna):
+def test_prepare_data_finds_the_bases_of_a_bam_at_their_places(call, raw_file, reads, tmp_path, rna):
     """In every read, also where a base begins in the last, unfilled frame. The places are those of the greedy path."""
     if rna:
-        write_rna(tmp_path / "rna.pod5", reads, monkeypatch)
         raw_file = tmp_path / "rna.pod5"
+        write_pod5(raw_file, reads, sequencing_kit="sqk-rna004")
     labels, model, unusable = Basecalls([call(raw_file, out="calls.bam")]), basecaller(), {}
     for raw in raw_reads(raw_file):
         assert raw.rna == rna
@@ -371,8 +352,8 @@ def test_prepare_data_finds_the_bases_of_a_bam_at_their_places(call, raw_file, r
     assert not unusable
 
 
-def test_rna_is_written_from_5_to_3(call, raw_file, reads, tmp_path, monkeypatch):
-    write_rna(tmp_path / "rna.pod5", reads, monkeypatch)
+def test_rna_is_written_from_5_to_3(call, raw_file, reads, tmp_path):
+    write_pod5(tmp_path / "rna.pod5", reads, sequencing_kit="sqk-rna004")
     for suffix in (".fastq", ".bam"):
         dna, rna = (parsed(call(file, out=f"{file.stem}{suffix}")) for file in (raw_file, tmp_path / "rna.pod5"))
         assert rna == {name: (sequence[::-1], qualities[::-1]) for name, (sequence, qualities) in dna.items()}
@@ -425,25 +406,27 @@ def test_an_interrupted_run_leaves_nothing(call, raw_file, tmp_path, monkeypatch
     assert len(decoded) == 5 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGKILL"])
-def test_a_signal_in_the_midst(weights, raw_file, tmp_path, sent):
-    code = f"""
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-whole, done = basecall.decode, []
-def dies(*args):
-    assert [name for name in os.listdir() if ".part-" in name]
-    done.append(len(done) == 5 and os.kill(os.getpid(), signal.{sent}))
-    return whole(*args)
-basecall.decode = dies
-"""
-    done = in_a_process(weights, raw_file, "-o", "calls.fastq", code=code, cwd=tmp_path, capture_output=True)
+def signal_in_the_midst(sent):
+    done = []
+
+    def dies(*args):
+        assert [name for name in os.listdir() if ".part-" in name]  # noqa: PTH208
+        done.append(len(done) == 5 and os.kill(os.getpid(), sent))
+        return decode(*args)
+
+    basecall.decode = dies
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_in_the_midst(child, weights, raw_file, tmp_path, sent):
+    called = partial(script, "basecall", *COMMON, weights, raw_file, "-o", "calls.fastq")
+    done = child(partial(signal_in_the_midst, sent), called)
     left = [path.name for path in tmp_path.iterdir()]
-    if sent == "SIGINT":
-        assert done.returncode in (130, -signal.SIGINT)  # which the shell says is 130
-        assert lines_but_progress(done.stderr) == ["interrupted"] and "calls.fastq" not in left
-        assert not [name for name in left if ".part-" in name]
+    assert "calls.fastq" not in left
+    if sent == signal.SIGINT:
+        assert done == (130, ["interrupted"]) and not [name for name in left if ".part-" in name]
     else:
-        assert done.returncode == -signal.SIGKILL and "calls.fastq" not in left
+        assert done == (-sent, [])
 
 
 def many_calls(*_):
@@ -470,28 +453,30 @@ def test_full_disk(call, raw_file, tmp_path, monkeypatch, capsys, suffix, limit)
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_in_a_process(weights, raw_file, tmp_path):
+def test_full_disk_in_a_process(child, weights, raw_file, tmp_path):
     """Neither htslib nor Python says more than the one line."""
-    code = "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))"
-    done = in_a_process(weights, raw_file, "-o", tmp_path / "calls.bam", code=code, capture_output=True)
-    (line,) = lines_but_progress(done.stderr)
-    assert done.returncode == 1 and line.startswith(f"basecall.py: --out {tmp_path}/calls.bam: cannot be written (")
+    called = partial(script, "basecall", *COMMON, weights, raw_file, "-o")
+    code, (line,) = child(partial(full_disk, 50), partial(called, "calls.bam"))
+    assert code == 1 and line.startswith("basecall.py: --out calls.bam: cannot be written (")
     assert not list(tmp_path.glob("calls*"))
-    with open("/dev/full", "w") as full:
-        done = in_a_process(weights, raw_file, "-o", "-", stdout=full, stderr=subprocess.PIPE)
-    (line,) = lines_but_progress(done.stderr)
-    assert done.returncode == 1 and line.startswith("basecall.py: ") and "No space left" in line
+    code, (line,) = child(partial(stdout_to, "/dev/full"), partial(called, "-"))
+    assert code == 1 and line.startswith("basecall.py: ") and "No space left" in line
+
+
+def closed_pipe(letters):
+    """Standard output is a pipe that nobody reads, and gets this many letters a read."""
+    fastq = basecall.fastq
+    basecall.fastq = lambda call: fastq(call)[:letters]
+    reader, pipe = os.pipe()
+    os.close(reader)
+    os.dup2(pipe, 1)
 
 
 @pytest.mark.parametrize("letters", [10, 5000])
-def test_a_closed_pipe_ends_the_run_without_a_word(weights, raw_file, letters):
+def test_a_closed_pipe_ends_the_run_without_a_word(child, weights, raw_file, letters):
     """As `| head` does; whether it shows while reads are written, or after the last."""
-    code = f"basecall.fastq = lambda call, fastq=basecall.fastq: fastq(call)[:{letters}]"
-    reader, pipe = os.pipe()
-    os.close(reader)
-    done = in_a_process(weights, raw_file, "-o", "-", code=code, stdout=pipe, stderr=subprocess.PIPE)
-    os.close(pipe)
-    assert done.returncode == 1 and lines_but_progress(done.stderr) == []
+    called = partial(script, "basecall", *COMMON, weights, raw_file, "-o", "-")
+    assert child(partial(closed_pipe, letters), called) == (1, [])
 
 
 @pytest.fixture
@@ -528,10 +513,10 @@ def test_weights_that_are_no_basecaller(refused, raw_file, tmp_path):
             "--chunk-len 400 --overlap 400",
             "--chunk-len, --overlap: should be multiples of 8, and the overlap the smaller",
         ),
-        ("--chunk-len 0", "--chunk-len 0: should be at least 1"),
-        ("--overlap -8", "--overlap -8: should be 0 or more"),
-        ("--beam-size 0", "--beam-size 0: should be at least 1"),
-        ("--batch-size 0", "--batch-size 0: should be at least 1"),
+        ("--chunk-len 0", "--chunk-len 0: should be greater than 0"),
+        ("--overlap -8", "--overlap -8: should be greater than or equal to 0"),
+        ("--beam-size 0", "--beam-size 0: should be greater than 0"),
+        ("--batch-size 0", "--batch-size 0: should be greater than 0"),
     ],
 )
 def test_arguments_that_cannot_be_meant(refused, raw_file, words, said):

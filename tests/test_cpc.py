@@ -8,7 +8,7 @@ from torch import nn
 
 import cpc
 from benchmark.plot_runs import read_metrics
-from common.data import Batch, Chunks, open_data
+from common.chunks import Batch, Chunks, open_data
 from common.pore_model import PoreModel, valid_positions
 from cpc import Args, Prediction, cpc_loss, draw_accuracy, future_and_context, main, random_present, validate
 
@@ -239,10 +239,10 @@ class Tiles:
 
 def test_validation_repeats_itself_and_averages_over_batches():
     args = Args(batch_size=8, future_steps=5, device="cpu")
-    models = {"pore_model": PoreModel.of_size("tiny").train(), "prediction": Prediction(5, 128)}
+    models = nn.ModuleDict({"pore_model": PoreModel.of_size("tiny"), "prediction": Prediction(5, 128)})
 
     def losses(*sizes):
-        found = validate(args, models, Tiles(*sizes), torch.device("cpu"))
+        found = validate(models, Tiles(*sizes), args, torch.device("cpu"))
         assert models["pore_model"].training
         return found
 
@@ -285,13 +285,10 @@ def test_a_run_predicts_35_wide_or_7_thin_frames_trains_all_and_draws_the_accura
     assert min(picture.shape[:2]) > 300 and picture[:, :, :3].std() > 0.05
 
     torch.manual_seed(args.seed)
-    first = {"pore_model": PoreModel.of_size("tiny", encoder=encoder)}
-    first["prediction"] = Prediction(steps, 128)
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    for name, module in first.items():
-        for key, weight in module.named_parameters():
-            moved = (state[name][key] - weight).abs().max().item()
-            assert 0.1 * args.lr < moved < 2 * args.lr, (name, key)
+    first = {"pore_model": PoreModel.of_size("tiny", encoder=encoder), "prediction": Prediction(steps, 128)}
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["models"]
+    for key, weight in nn.ModuleDict(first).named_parameters():
+        assert 0.1 * args.lr < (state[key] - weight).abs().max().item() < 2 * args.lr, key
     rebuilt = PoreModel.from_state_dict(torch.load(tmp_path / "run" / "pore_model.pt", weights_only=True))
     assert rebuilt.encoder.kind == encoder
 

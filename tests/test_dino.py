@@ -1,15 +1,14 @@
-"""DINO: the loss, its terms and gradient against NumPy, the centre, and the teacher that follows the student."""
+"""DINO: the loss, its terms and gradient against NumPy, what forward() compares, the centre and the teacher."""
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import dino
-from common.augment import view
-from common.data import Chunks, open_data
-from common.pore_model import PoreModel, RepresentationHead
-from common.run import seed_step
-from dino import Args, Center, dino_loss, main
+from common.chunks import Batch
+from common.pore_model import PoreModel
+from dino import Args, Projector, dino_loss, forward, main, view
 
 TEMPERATURES = (0.1, 0.06)
 
@@ -19,21 +18,21 @@ def softmax(x):
     return weights / weights.sum()
 
 
-def reference_loss(s1, s2, t1, t2, center, student_temperature, teacher_temperature):
+def reference_loss(student1, student2, teacher1, teacher2, centre, student_temperature, teacher_temperature):
     """Equation 3 of the paper and the teacher's entropy, element by element, in float64."""
     loss = entropy = 0.0
-    for s, t in ((s2, t1), (s1, t2)):
-        for student, teacher in zip(s, t, strict=True):
-            p, q = softmax((teacher - center) / teacher_temperature), softmax(student / student_temperature)
-            for d in range(len(center)):
-                loss -= p[d] * np.log(q[d]) / (2 * len(s))
-                entropy -= p[d] * np.log(p[d]) / (2 * len(s))
+    for students, teachers in ((student2, teacher1), (student1, teacher2)):
+        for student, teacher in zip(students, teachers, strict=True):
+            p_t, p_s = softmax((teacher - centre) / teacher_temperature), softmax(student / student_temperature)
+            for d in range(len(centre)):
+                loss -= p_t[d] * np.log(p_s[d]) / (2 * len(students))
+                entropy -= p_t[d] * np.log(p_t[d]) / (2 * len(students))
     return loss, entropy
 
 
 @pytest.fixture
 def five():
-    """s1, s2, t1, t2 (10, 7) and a center (7,), no two of them alike."""
+    """Outputs s1, s2 of the student and t1, t2 of the teacher (10, 7), and a centre (7,), no two of them alike."""
     rng = np.random.default_rng(0)
     return [*rng.normal(0.0, 0.1, (4, 10, 7)), rng.normal(0.0, 0.1, 7)]
 
@@ -51,8 +50,8 @@ def test_loss_entropy_and_divergence_equal_float64_numpy(five, temperatures):
 
 def test_gradient_is_closed_form_for_the_student_and_none_for_the_teacher(five):
     s1, s2, t1, t2 = (torch.tensor(array, dtype=torch.float32, requires_grad=True) for array in five[:4])
-    center = torch.tensor(five[4], dtype=torch.float32, requires_grad=True)
-    dino_loss(s1, s2, t1, t2, center, *TEMPERATURES)[0].backward()
+    centre = torch.tensor(five[4], dtype=torch.float32, requires_grad=True)
+    dino_loss(s1, s2, t1, t2, centre, *TEMPERATURES)[0].backward()
     assert t1.grad is None and t2.grad is None
     tau_s, tau_t = TEMPERATURES
     for s, other in ((0, 3), (1, 2)):
@@ -78,80 +77,82 @@ def test_divergence_is_0_where_the_student_says_of_one_view_what_the_teacher_say
     assert loss_of(a, b, b, a, five[4], temperatures=(0.1, 0.1))[2] > 0.1
 
 
-def test_loss_ignores_a_constant_and_the_order_of_the_batch_and_what_the_center_takes_off(five):
-    s1, s2, t1, t2, center = five
+def test_loss_ignores_a_constant_and_the_order_of_the_batch_and_what_the_centre_takes_off(five):
+    s1, s2, t1, t2, centre = five
     expected = pytest.approx(loss_of(*five), rel=1e-4)
-    assert loss_of(s1 + 0.5, s2 + 0.5, t1, t2, center) == expected
-    assert loss_of(s1, s2, t1 - 0.5, t2 - 0.5, center) == expected
+    assert loss_of(s1 + 0.5, s2 + 0.5, t1, t2, centre) == expected
+    assert loss_of(s1, s2, t1 - 0.5, t2 - 0.5, centre) == expected
     c = np.random.default_rng(1).normal(0.0, 0.5, 7)
-    assert loss_of(s1, s2, t1 + c, t2 + c, center + c) == expected
-    assert loss_of(s1, s2, t1 + c, t2 + c, center) != expected
+    assert loss_of(s1, s2, t1 + c, t2 + c, centre + c) == expected
+    assert loss_of(s1, s2, t1 + c, t2 + c, centre) != expected
     order = np.random.default_rng(2).permutation(10)
-    assert loss_of(s1[order], s2[order], t1[order], t2[order], center) == expected
-    assert loss_of(s2, s1, t2, t1, center) == expected
-    assert loss_of(s1[order], s2[order], t1, t2, center) != expected
+    assert loss_of(s1[order], s2[order], t1[order], t2[order], centre) == expected
+    assert loss_of(s2, s1, t2, t1, centre) == expected
+    assert loss_of(s1[order], s2[order], t1, t2, centre) != expected
 
 
-def test_loss_and_center_are_float32_whatever_the_outputs_are(five):
-    low = [torch.tensor(array).bfloat16() for array in five[:4]]
-    center = torch.tensor(five[4]).float()
-    loss = dino_loss(*low, center, *TEMPERATURES)[0]
-    assert torch.equal(loss, dino_loss(*(x.float() for x in low), center, *TEMPERATURES)[0])
-    center = Center(7)
-    center.update(*low[2:], 0.5)
-    assert center.value.dtype == torch.float32
-    mean = torch.cat(low[2:]).double().mean(0)
-    torch.testing.assert_close(center.value.double(), 0.5 * mean, rtol=1e-5, atol=1e-8)
+def test_loss_is_computed_in_float32_from_bfloat16(five):
+    low, centre = [torch.tensor(array).bfloat16() for array in five[:4]], torch.tensor(five[4]).float()
+    loss = dino_loss(*low, centre, *TEMPERATURES)[0]
+    assert torch.equal(loss, dino_loss(*(x.float() for x in low), centre, *TEMPERATURES)[0])
 
 
-def test_center_starts_at_0_is_the_running_mean_over_both_views_and_is_saved():
+def network():
+    return nn.ModuleDict({"pore_model": PoreModel.of_size("tiny", dropout=0.0), "projector": Projector(128, 200, 16)})
+
+
+def test_student_and_teacher_see_both_views(monkeypatch):
+    calls, args = [], Args(student_temperature=0.2, teacher_temperature=0.05)
+    monkeypatch.setattr(dino, "dino_loss", lambda *inputs: calls.append(inputs) or dino_loss(*inputs))
     torch.manual_seed(0)
-    center = Center(7)
-    assert torch.equal(center.value, torch.zeros(7))
-    outputs = torch.randn(5, 2, 10, 7) + torch.tensor([1.0, 3.0])[:, None, None]  # the two views differ
-    for t1, t2 in outputs.clone().requires_grad_():
-        center.update(t1, t2, 0.7)
-    assert not center.value.requires_grad
-    # 0.3 of the last mean, 0.3 * 0.7 of the one before, ...
-    expected = sum(0.3 * 0.7 ** (4 - n) * outputs[n].double().mean((0, 1)) for n in range(5))
-    torch.testing.assert_close(center.value.double(), expected, rtol=1e-5, atol=1e-6)
-    other = Center(7)
-    other.load_state_dict(center.state_dict())
-    assert torch.equal(other.value, center.value)
+    models = nn.ModuleDict({"student": network(), "teacher": network()})
+    models.register_buffer("centre", torch.randn(16))
+    batch = Batch(torch.randn(8, 200), torch.full((8,), 200))
+    torch.manual_seed(1)
+    loss, terms, embeddings, teacher_outputs = forward(models, batch, args)
+    torch.manual_seed(1)
+    view1, view2 = view(batch, args), view(batch, args)
+    student1, student2, teacher1, teacher2 = (
+        models[name]["projector"](*models[name]["pore_model"](*x))
+        for name in ("student", "teacher")
+        for x in (view1, view2)
+    )
+    expected = student1, student2, teacher1, teacher2, models.centre
+    torch.testing.assert_close(calls, [(*expected, 0.2, 0.05)])
+    torch.testing.assert_close((loss, terms, embeddings), (*dino_loss(*expected, 0.2, 0.05), student1))
+    torch.testing.assert_close(teacher_outputs, torch.cat([teacher1, teacher2]))
+    assert not any(outputs.requires_grad for outputs in (*calls[0][2:4], teacher_outputs))
+    loss.backward()
+    assert all(p.grad is not None for p in models["student"].parameters())
 
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
-def test_a_run_centres_the_teachers_outputs_after_each_step(simulated, tmp_path, monkeypatch, momentum):
-    """With m_t = 1 the teacher stays as it began and what it says of each step's views is known."""
-    settings = {"size": "tiny", "device": "cpu", "chunk_len": 200, "batch_size": 8, "representation": 32, "lr": 1e-3}
-    args = Args((simulated,), run_dir=tmp_path / "run", max_steps=3, momentum=momentum, center_momentum=0.7, **settings)
-    calls, of_size = [], PoreModel.of_size
-    monkeypatch.setattr(PoreModel, "of_size", lambda size: of_size(size, dropout=0.0))  # so is what the student says
-    monkeypatch.setattr(
-        dino,
-        "dino_loss",
-        lambda *inputs: calls.append([torch.as_tensor(x).clone() for x in inputs]) or dino_loss(*inputs),
-    )
-    main(args)
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+def test_after_each_step_centre_and_teacher_move(simulated, tmp_path, monkeypatch, momentum):
+    """The centre, from 0, by 0.3 of the way to the mean of the teacher's outputs for both views; validation moves none.
 
-    torch.manual_seed(args.seed)
-    pore_model = PoreModel.of_size("tiny")
-    head = RepresentationHead(pore_model.channels, 200, 32)
-    chunks = Chunks(open_data(args.data), 200, "training")
-    expected_center = torch.zeros(32)
-    for step, (s1, s2, t1, t2, center, *temperatures) in enumerate(calls[:3], start=1):
-        seed_step(args.seed, step)
-        batch = chunks.batch(args.seed, step - 1, 8)
-        r1, r2 = (head(*pore_model(*view(batch.signal, batch.lengths))).detach() for _ in range(2))
-        if step == 1:  # afterwards the student has moved
-            torch.testing.assert_close((s1.detach(), s2.detach()), (r1, r2))
-        if step == 1 or momentum == 1:
-            torch.testing.assert_close((t1, t2), (r1, r2))
-        torch.testing.assert_close(center, expected_center)
-        assert temperatures == pytest.approx(TEMPERATURES)
-        expected_center = 0.7 * expected_center + 0.3 * torch.cat([t1, t2]).mean(0)
-    torch.testing.assert_close(saved["center"]["value"], expected_center)
-    for name, begun in (("pore_model", pore_model), ("head", head)):
-        for key, old in begun.named_parameters():
-            assert torch.equal(saved[f"teacher_{name}"][key], old if momentum == 1 else saved[name][key])
+    With m_t = 0 the teacher is the student, with m_t = 1 what it was at first.
+    """
+    calls = []
+
+    def spy(*inputs):
+        if inputs[0].requires_grad:  # not in validation
+            calls.append([x.clone() for x in inputs[2:5]])
+        return dino_loss(*inputs)
+
+    monkeypatch.setattr(dino, "dino_loss", spy)
+    small = {"size": "tiny", "device": "cpu", "chunk_len": 200, "batch_size": 8, "embedding_dim": 32, "lr": 1e-3}
+    changes = {"max_steps": 3, "momentum": momentum, "centre_momentum": 0.7, "seed": 3}
+    main(Args(data=(simulated,), run_dir=tmp_path / "run", **small | changes))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["models"]
+    expected = torch.zeros(32)
+    for teacher1, teacher2, centre in calls:
+        torch.testing.assert_close(centre, expected)
+        assert not centre.requires_grad
+        expected = 0.7 * expected + 0.3 * torch.cat([teacher1, teacher2]).mean(0)
+    torch.testing.assert_close(saved["centre"], expected)
+    assert len(calls) == 3 and expected.abs().min() > 1e-4
+
+    torch.manual_seed(3)  # the student as main makes it
+    begun = nn.ModuleDict({"pore_model": PoreModel.of_size("tiny"), "projector": Projector(128, 200, 32)})
+    for key, old in begun.named_parameters():
+        assert torch.equal(saved[f"teacher.{key}"], old if momentum == 1 else saved[f"student.{key}"])

@@ -6,15 +6,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import finetune_basecaller
 from benchmark.plot_runs import read_metrics
 from common import InputError
-from common.data import Chunks, open_data
-from common.metrics import identity
+from common.args import parse_args
+from common.chunks import Chunks, open_data
+from common.ctc import best_path, ctc_steps_needed, identity
 from common.pore_model import PoreModel
-from common.run import parse_args
-from finetune_basecaller import Args, Basecaller, best_path, ctc_loss, learning_rate, main, validate
+from common.reads.simulate import write_simulated
+from finetune_basecaller import Args, Basecaller, ctc_loss, learning_rate, main, validate
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def enumerated_loss(log_probs, target):
@@ -39,7 +47,7 @@ def test_ctc_loss_equals_the_sum_over_all_paths():
     assert terms["infeasible"].item() == 0
 
 
-def test_chunks_that_cannot_be_spelled_are_counted_and_do_not_count():
+def test_infeasible_chunks_are_counted_and_do_not_count():
     torch.manual_seed(0)
     log_probs = torch.randn(2, 4, 5).log_softmax(-1).requires_grad_()
     targets, target_lengths = torch.tensor([[1, 1, 1], [1, 2, 3]]), torch.tensor([3, 3])  # AAA needs 5 steps, ACG 3
@@ -49,6 +57,27 @@ def test_chunks_that_cannot_be_spelled_are_counted_and_do_not_count():
     assert loss.item() == pytest.approx(alone.item())
     loss.backward()
     assert log_probs.grad.isfinite().all() and not log_probs.grad[0].any() and log_probs.grad[1].any()
+
+
+def test_ctc_steps_needed_is_where_ctc_becomes_possible():
+    """Against torch's CTC: infinite with one time step fewer. Half of the references have equal neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(1, 4, (40, 9), generator=generator)
+    lengths = torch.randint(1, 10, (40,), generator=generator)
+    needed = ctc_steps_needed(targets, lengths)
+    assert (needed > lengths).any() and (needed == lengths).any()
+    log_probs = torch.zeros(20, 40, 5).log_softmax(-1)
+
+    def possible(steps):
+        loss = torch.nn.functional.ctc_loss(log_probs, targets, steps, lengths, reduction="none")
+        return loss.isfinite()
+
+    assert possible(needed).all() and not possible(needed - 1).any()
+
+
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_ctc_steps_needed_of_chunks_without_bases(width):
+    assert ctc_steps_needed(torch.zeros(2, width, dtype=torch.long), torch.tensor([0, 0])).tolist() == [0, 0]
 
 
 def test_two_time_steps_a_frame_that_sum_to_one():
@@ -80,32 +109,53 @@ def test_the_best_path_merges_repeats_and_drops_blanks():
 
 
 def test_learning_rate_rises_and_falls():
-    rates = [learning_rate(step, 10, 110) for step in (1, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 1.0, 0.5, 0.0])
+    values = [learning_rate(step, 10, 110) for step in (1, 10, 60, 110)]
+    assert values == pytest.approx([0.1, 1.0, 0.5, 0.0])
 
 
 def small_args(data, folder, **changes):
-    settings = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 32, "warmup_steps": 5, "epochs": 4}
+    settings = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 10, "warmup_steps": 5, "epochs": 4}
     return Args(data=(data,), run_dir=folder, **settings | changes)
 
 
-def lines_but_rates(folder):
+def lines_but_speed(folder):
+    """What a run logged, without how fast it was."""
     return [{key: x for key, x in line.items() if key != "chunks_per_second"} for line in read_metrics(folder)]
 
 
-def test_a_short_run_learns_and_writes_best_and_last(simulated, tmp_path):
-    main(small_args(simulated, tmp_path / "run", lr=3e-3, epochs=8))
-    validated = [line for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
-    assert validated[-1]["validation/loss"] < 1.36 < np.log(4)  # ln 4 a base: all that is known without the signal
+@pytest.fixture
+def no_picture(monkeypatch):
+    """The picture at the end takes longer than a short run."""
+    monkeypatch.setattr(finetune_basecaller, "draw_calls", lambda *_: Figure())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that learned an easy pore, and its reads."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_simulated(folder / "reads.hdf5", reads=12, mean_bases=1000, seed=1, easy=True)
+    settings = {"chunk_len": 200, "batch_size": 16, "lr": 4e-3, "epochs": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        main(small_args(folder / "reads.hdf5", folder / "run", **settings))
+    return folder / "run", folder / "reads.hdf5"
+
+
+def test_a_short_run_learns_and_writes_best_and_last(trained):
+    run, _ = trained
+    validated = [line for line in read_metrics(run) if "validation/loss" in line]
+    assert validated[-1]["validation/loss"] < 1 < np.log(4)  # ln 4 a base: all that is known without the signal
+    assert validated[-1]["validation/identity_mean"] > 60
     assert {"validation/identity_mean", "validation/identity_median", "validation/infeasible"} < validated[0].keys()
     for name in ("basecaller.pt", "basecaller_last.pt"):
-        Basecaller.from_state_dict(torch.load(tmp_path / "run" / name, weights_only=True))
+        Basecaller.from_state_dict(load(run / name))
+    assert (run / "calls.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_identities_of_a_validation_are_those_of_its_chunks_one_by_one(simulated, tmp_path):
-    main(small_args(simulated, tmp_path / "run", lr=3e-3, epochs=4))
-    model = Basecaller.from_state_dict(torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)).eval()
-    chunks, expected = Chunks(open_data([simulated]), 400, "validation", labelled=True), []
+def test_identities_of_a_validation_are_those_of_its_chunks_one_by_one(trained):
+    run, reads = trained
+    model = Basecaller.from_state_dict(load(run / "basecaller_last.pt")).eval()
+    chunks, expected = Chunks(open_data([reads]), 400, "validation", labelled=True), []
     for batch in chunks.tiles(8):
         for log_probs, bases in zip(model(batch.signal)[0].detach(), batch.targets, strict=True):
             reference = "".join("ACGT"[base - 1] for base in bases[bases > 0])
@@ -117,33 +167,32 @@ def test_identities_of_a_validation_are_those_of_its_chunks_one_by_one(simulated
     assert found["validation/identity_median"] == np.median(expected)
 
 
-@pytest.mark.parametrize("every", [1, 50])
-def test_a_resumed_run_is_the_run_never_stopped(simulated, tmp_path, monkeypatch, every):
-    monkeypatch.setattr(finetune_basecaller, "VALIDATE_EVERY", every)
+def test_a_run_resumed_before_it_was_ever_validated_is_the_run_never_stopped(few, tmp_path):
+    """tests/test_nothing_lost.py has those that were."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    main(small_args(simulated, whole, max_steps=25))
-    main(small_args(simulated, stopped, max_steps=13))
-    main(small_args(simulated, None, max_steps=25, resume=stopped))
+    main(small_args(few, whole, max_steps=11))
+    main(small_args(few, stopped, max_steps=5))
+    main(small_args(few, None, max_steps=11, resume=stopped))
     for name in ("basecaller.pt", "basecaller_last.pt"):
-        weights = [torch.load(folder / name, weights_only=True) for folder in (whole, stopped)]
+        weights = [load(folder / name) for folder in (whole, stopped)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert lines_but_rates(whole) == lines_but_rates(stopped)
+    assert lines_but_speed(whole) == lines_but_speed(stopped)
 
 
-def test_steps_end_the_cosine_and_are_validated_every_so_often_and_at_the_end(simulated, tmp_path, monkeypatch):
+def test_steps_end_the_cosine_and_are_validated_every_so_often_and_at_the_end(few, tmp_path, monkeypatch):
     """An epoch of all reads has several steps, one of a tenth of them a single one."""
     monkeypatch.setattr(finetune_basecaller, "VALIDATE_EVERY", 4)
     settings = {"batch_size": 4, "chunk_len": 1200, "label_fraction": 0.1, "warmup_steps": 0}
-    main(small_args(simulated, tmp_path / "run", steps=10, **settings))
+    main(small_args(few, tmp_path / "run", steps=10, **settings))
     log = read_metrics(tmp_path / "run")
     assert [line["step"] for line in log if "validation/loss" in line] == [4, 8, 10]
     assert [line["lr"] for line in log if "lr" in line] == [pytest.approx(0, abs=1e-12)]
     best = min(line["validation/loss"] for line in log if "validation/loss" in line)
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["best"] == best
-    main(small_args(simulated, tmp_path / "early", steps=10, max_steps=7, **settings))
+    assert load(tmp_path / "run" / "checkpoint.pt")["best"] == {"loss": best}
+    main(small_args(few, tmp_path / "early", steps=10, max_steps=7, **settings))
     validated = [line["step"] for line in read_metrics(tmp_path / "early") if "validation/loss" in line]
     assert validated == [4, 7]
-    assert torch.load(tmp_path / "early" / "checkpoint.pt", weights_only=True)["step"] == 7
+    assert load(tmp_path / "early" / "checkpoint.pt")["step"] == 7
 
 
 def test_tune_validates_on_reads_that_neither_training_nor_the_validation_split_has(simulated, tmp_path, monkeypatch):
@@ -166,83 +215,83 @@ def test_tune_validates_on_reads_that_neither_training_nor_the_validation_split_
 
 
 @pytest.mark.parametrize("words", ["--tune", "--steps 9"])
-def test_steps_and_tune_stay_on_resume(simulated, tmp_path, monkeypatch, words):
-    main(small_args(simulated, tmp_path / "run", steps=2))
+def test_steps_and_tune_stay_on_resume(few, tmp_path, monkeypatch, words):
+    main(small_args(few, tmp_path / "run", steps=2))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "argv", ["finetune_basecaller.py", "--resume", str(tmp_path / "run"), *words.split()])
     with pytest.raises(InputError, match=f"{words.split()[0]}: the run in .* keeps it"):
         parse_args(Args)
 
 
-def test_frozen_pore_model_keeps_its_weights_and_statistics_while_the_head_learns(simulated, tmp_path):
+def test_frozen_pore_model_keeps_its_weights_and_statistics_while_the_head_learns(few, tmp_path):
     pretrained = PoreModel.of_size("tiny")
     torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
-    args = small_args(simulated, tmp_path / "run", weights=tmp_path / "pore_model.pt", freeze_steps=6, max_steps=6)
+    args = small_args(few, tmp_path / "run", weights=tmp_path / "pore_model.pt", freeze_steps=6, max_steps=6)
     main(args)
-    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    trained = load(tmp_path / "run" / "basecaller_last.pt")
     assert all(torch.equal(value, trained[f"pore_model.{key}"]) for key, value in pretrained.state_dict().items())
     torch.manual_seed(args.seed)
     assert not torch.equal(trained["head.weight"], Basecaller(PoreModel.of_size("tiny")).head.weight)
 
 
-def test_after_the_freeze_the_pore_model_warms_up(simulated, tmp_path):
+def test_after_the_freeze_the_pore_model_warms_up(few, tmp_path):
     pretrained = PoreModel.of_size("tiny")
     torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
-    settings = {"weights": tmp_path / "pore_model.pt", "freeze_steps": 20, "warmup_steps": 10, "lr": 1e-2}
-    main(small_args(simulated, tmp_path / "run", max_steps=21, **settings))
-    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    settings = {"weights": tmp_path / "pore_model.pt", "freeze_steps": 12, "warmup_steps": 10, "lr": 1e-2}
+    main(small_args(few, tmp_path / "run", max_steps=13, **settings))
+    trained = load(tmp_path / "run" / "basecaller_last.pt")
     moved = [(trained[f"pore_model.{key}"] - value).abs().max() for key, value in pretrained.named_parameters()]
-    assert 5e-4 < max(moved) < 1.1e-3  # one step of AdamW at a tenth of the rate
+    assert 5e-4 < max(moved) < 1.1e-3  # one step of AdamW at a tenth of the learning rate
 
 
-def test_pore_model_lr_of_its_own_reaches_only_the_pore_model(simulated, tmp_path):
+def test_pore_model_lr_of_its_own_reaches_only_the_pore_model(few, tmp_path):
     pretrained = PoreModel.of_size("tiny")
     torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
     settings = {"weights": tmp_path / "pore_model.pt", "max_steps": 3, "lr": 1e-2, "warmup_steps": 0}
-    main(small_args(simulated, tmp_path / "run", pore_model_lr=1e-9, **settings))
-    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    main(small_args(few, tmp_path / "run", pore_model_lr=1e-9, **settings))
+    trained = load(tmp_path / "run" / "basecaller_last.pt")
     moved = [(trained[f"pore_model.{key}"] - value).abs().max() for key, value in pretrained.named_parameters()]
     assert max(moved) < 1e-7
 
 
-def test_a_basecaller_is_gone_on_with_head_and_all(simulated, tmp_path):
+def test_a_basecaller_is_gone_on_with_head_and_all(few, tmp_path):
     first = Basecaller(PoreModel.of_size("tiny"))
     torch.save(first.state_dict(), tmp_path / "basecaller.pt")
     settings = {"weights": tmp_path / "basecaller.pt", "lr": 1e-4, "warmup_steps": 0, "steps": 100}
-    main(small_args(simulated, tmp_path / "run", max_steps=1, **settings))
-    trained = torch.load(tmp_path / "run" / "basecaller_last.pt", weights_only=True)
+    main(small_args(few, tmp_path / "run", max_steps=1, **settings))
+    trained = load(tmp_path / "run" / "basecaller_last.pt")
     moved = {name: (trained[name] - value).abs().max() for name, value in first.named_parameters()}
     assert all(0 < by < 2e-4 for by in moved.values()) and "head.weight" in moved  # one step of AdamW
 
 
-def test_of_a_basecaller_the_pore_model_alone_is_gone_on_with(simulated, tmp_path):
+def test_of_a_basecaller_the_pore_model_alone_is_gone_on_with(few, tmp_path):
     first = Basecaller(PoreModel.of_size("tiny"))
     torch.save(first.state_dict(), tmp_path / "basecaller.pt")
     torch.save(first.pore_model.state_dict(), tmp_path / "pore_model.pt")
     states = []
     for name, new_head in (("basecaller", True), ("pore_model", False)):
         settings = {"weights": tmp_path / f"{name}.pt", "new_head": new_head, "warmup_steps": 0, "max_steps": 1}
-        main(small_args(simulated, tmp_path / name, **settings))
-        states.append(torch.load(tmp_path / name / "basecaller_last.pt", weights_only=True))
+        main(small_args(few, tmp_path / name, **settings))
+        states.append(load(tmp_path / name / "basecaller_last.pt"))
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(simulated, tmp_path, monkeypatch):
+def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(few, tmp_path, monkeypatch):
     """--resume needs no --encoder, and basecaller.pt tells that it is thin."""
     pretrained, run = PoreModel.of_size("tiny", encoder="thin"), tmp_path / "run"
     torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
     settings = {"weights": tmp_path / "pore_model.pt", "encoder": "thin", "lr": 1e-3, "warmup_steps": 0}
-    main(small_args(simulated, run, max_steps=1, **settings))
-    trained = Basecaller.from_state_dict(torch.load(run / "basecaller_last.pt", weights_only=True)).pore_model
+    main(small_args(few, run, max_steps=1, **settings))
+    trained = Basecaller.from_state_dict(load(run / "basecaller_last.pt")).pore_model
     for (name, first), now in zip(pretrained.named_parameters(), trained.parameters(), strict=True):
         assert 1e-4 < (now - first).abs().max() < 2e-3, name  # so it started from the weights
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which parse_args changes
     monkeypatch.setattr(sys, "argv", ["finetune_basecaller.py", "--resume", str(run), "--max-steps", "2"])
     main(parse_args(Args))
-    resumed = torch.load(run / "basecaller_last.pt", weights_only=True)
-    main(small_args(simulated, tmp_path / "whole", max_steps=2, **settings))
-    whole = torch.load(tmp_path / "whole" / "basecaller_last.pt", weights_only=True)
+    resumed = load(run / "basecaller_last.pt")
+    main(small_args(few, tmp_path / "whole", max_steps=2, **settings))
+    whole = load(tmp_path / "whole" / "basecaller_last.pt")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     signal = torch.randn(2, 395)
     log_probs, lengths = Basecaller.from_state_dict(resumed).eval()(signal)
@@ -250,12 +299,12 @@ def test_thin_weights_are_trained_and_resumed_with_the_thin_encoder(simulated, t
 
 
 @pytest.mark.parametrize(("weights", "asked"), [("thin", "wide"), ("wide", "thin")])
-def test_weights_of_the_other_encoder_are_refused(simulated, tmp_path, weights, asked):
+def test_weights_of_the_other_encoder_are_refused(few, tmp_path, weights, asked):
     path, pore_model = tmp_path / "pore_model.pt", PoreModel.of_size("tiny", encoder=weights)
     for state in (pore_model, Basecaller(pore_model)):
         torch.save(state.state_dict(), path)
         with pytest.raises(
             InputError, match=f"{path}.* the {weights} encoder, where this run .* the {asked} encoder: .* --encoder"
         ):
-            main(small_args(simulated, tmp_path / "run", weights=path, encoder=asked))
+            main(small_args(few, tmp_path / "run", weights=path, encoder=asked))
     assert not (tmp_path / "run").exists()

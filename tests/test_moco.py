@@ -1,7 +1,5 @@
 """MoCo: the loss against NumPy and known values, the queue, the moving average, keys in groups of their own."""
 
-import collections
-import copy
 import math
 
 import numpy as np
@@ -11,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import moco
-from common.augment import Views
-from common.pore_model import PoreModel, RepresentationHead
-from moco import Args, Queue, encode, moco_loss, update_average
+from common.pore_model import PoreModel
+from moco import Args, Projector, embed, moco_loss, update_average
 
 TAU = 0.2
 
@@ -95,39 +92,9 @@ def test_loss_ignores_the_length_of_queries_and_keys_but_not_which_belong_togeth
 
 def test_loss_is_computed_in_float32_from_bfloat16():
     torch.manual_seed(0)
-    (q, k), queue = torch.randn(2, 16, 64, dtype=torch.bfloat16), Queue(50, 64).keys
+    (q, k), queue = torch.randn(2, 16, 64, dtype=torch.bfloat16), F.normalize(torch.randn(50, 64), dim=1)
     loss, _ = moco_loss(q, k, queue, TAU)
     assert loss.dtype == torch.float32 and torch.equal(loss, moco_loss(q.float(), k.float(), queue, TAU)[0])
-
-
-def test_queue_starts_with_random_keys_of_length_1():
-    keys = Queue(100, 8).keys
-    torch.testing.assert_close(keys.norm(dim=1), torch.ones(100))
-    assert (keys @ keys.T).fill_diagonal_(0).max() < 0.999 and keys.mean(0).norm() < 0.5
-
-
-def oldest_first(queue):
-    return queue.keys.roll(-queue.pointer.item(), 0)
-
-
-def test_queue_is_a_ring_that_keeps_order_over_its_end():
-    queue, keys = Queue(10, 3), torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).split([4] * 12 + [10, 2])
-    plain = collections.deque(queue.keys.clone(), maxlen=10)
-    for new in keys:
-        queue.push(new)
-        plain.extend(row / row.norm() for row in new)
-        torch.testing.assert_close(oldest_first(queue), torch.stack(list(plain)))
-
-
-def test_queue_goes_on_from_its_state_dict_and_keeps_no_graph():
-    queue, copied, new = Queue(10, 3), Queue(10, 3), torch.randn(7, 3, requires_grad=True)
-    queue.push(new)
-    state = copy.deepcopy(queue.state_dict())
-    copied.load_state_dict(state)
-    assert torch.equal(copied.keys, queue.keys) and copied.pointer.item() == queue.pointer.item() == 7
-    queue.push(new), copied.push(new)
-    assert torch.equal(copied.keys, queue.keys) and not torch.equal(queue.keys, state["keys"])
-    assert not queue.keys.requires_grad
 
 
 def test_moving_average_is_that_of_all_parameters_and_of_no_buffer():
@@ -148,75 +115,78 @@ def test_moving_average_is_that_of_all_parameters_and_of_no_buffer():
 
 
 @pytest.fixture
-def key_model():
-    """Pore model and head without dropout, in float64, and a view of 8 chunks of different lengths."""
+def network():
+    """Pore model and projector without dropout, in float64, their BatchNorm statistics those of no batch."""
     torch.manual_seed(0)
-    pore_model = PoreModel.of_size("tiny", dropout=0.0).double()
-    head = RepresentationHead(pore_model.channels, 80, 16).double()
-    for module in (*pore_model.modules(), *head.modules()):
+    modules = {"pore_model": PoreModel.of_size("tiny", dropout=0.0), "projector": Projector(128, 80, 16)}
+    network = nn.ModuleDict(modules).double()
+    for module in network.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
-    return pore_model, head, Views(torch.randn(8, 80).double(), torch.tensor([80, 70, 61, 56, 75, 66, 50, 42]))
+    return network
+
+
+@pytest.fixture
+def a_view(network):
+    """Of 8 chunks, of different lengths."""
+    return torch.randn(8, 80).double(), torch.tensor([80, 70, 61, 56, 75, 66, 50, 42])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_group_is_the_plain_forward_in_any_order(key_model, training):
-    pore_model, head, view1 = key_model
-    pore_model.train(training), head.train(training)
-    encoded = encode(pore_model, head, view1, torch.randperm(8), 1)
-    torch.testing.assert_close(encoded, head(*pore_model(*view1)), rtol=1e-9, atol=1e-10)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_one_group_is_the_plain_forward_in_any_order(network, a_view, training, shuffle):
+    network.train(training)
+    expected = network["projector"](*network["pore_model"](*a_view))
+    torch.testing.assert_close(embed(network, a_view, 1, shuffle), expected, rtol=1e-9, atol=1e-10)
 
 
-def test_groups_have_statistics_of_their_own_and_rows_return_in_order(key_model):
-    pore_model, head, view1 = key_model
-    order = torch.randperm(8)
-    encoded = encode(pore_model, head, view1, order, 4)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_groups_have_statistics_of_their_own_and_rows_return_in_order(network, a_view, shuffle):
+    torch.manual_seed(1)
+    order = torch.randperm(8) if shuffle else torch.arange(8)
+    torch.manual_seed(1)
+    embeddings = embed(network, a_view, 4, shuffle)
     for rows in order.reshape(4, 2):
-        expected = head(*pore_model(view1.signal[rows], view1.lengths[rows]))
-        torch.testing.assert_close(encoded[rows], expected, rtol=1e-9, atol=1e-10)
-    assert (encoded - encode(pore_model, head, view1, order, 1)).abs().max() > 0.01  # the groups matter
+        expected = network["projector"](*network["pore_model"](*(x[rows] for x in a_view)))
+        torch.testing.assert_close(embeddings[rows], expected, rtol=1e-9, atol=1e-10)
+    assert (embeddings - embed(network, a_view, 1, shuffle)).abs().max() > 0.01  # the groups matter
 
 
-def test_a_key_meets_the_queue_before_it_enters_and_its_model_follows(simulated, tmp_path, monkeypatch):
-    """With momentum 0 all parameters of the key's models are the query's; all their buffers are their own."""
-    seen, views, orders, heads = [], [], ([], []), (set(), set())
+@pytest.mark.parametrize("size", [6, 3])
+def test_a_key_meets_the_queue_before_it_enters_and_its_network_follows(simulated, tmp_path, monkeypatch, size):
+    """With momentum 0 all parameters of the key's network are the query's; all their buffers are their own."""
+    seen, views, shuffled = [], [], []
     view = moco.view
 
     def loss(q, k, queue, temperature):
-        if q.requires_grad:  # not in validation
+        if q.requires_grad:  # not in validation, after which the queue is as before
             seen.append((F.normalize(k, dim=1), queue.clone()))
+            assert not (k.requires_grad or queue.requires_grad)
         return moco_loss(q, k, queue, temperature)
 
-    def spy(pore_model, head, view1, order, groups):
-        of_keys = not torch.is_grad_enabled()
-        assert view1 is views[-1 if of_keys else -2] and groups == 2
-        assert of_keys != any(module.p for module in pore_model.modules() if isinstance(module, nn.Dropout))
-        orders[of_keys].append(order.tolist())
-        heads[of_keys].add(head)
-        return encode(pore_model, head, view1, order, groups)
+    def spy(network, given, groups, shuffle):
+        of_keys = not any(module.p for module in network.modules() if isinstance(module, nn.Dropout))
+        assert given is views[-1 if of_keys else -2] and groups == 2 and shuffle == of_keys
+        shuffled.append(shuffle)
+        return embed(network, given, groups, shuffle)
 
     monkeypatch.setattr(moco, "moco_loss", loss)
-    monkeypatch.setattr(moco, "encode", spy)
-    monkeypatch.setattr(moco, "view", lambda *options: views.append(view(*options)) or views[-1])
-    settings = {
-        "batch_size": 4,
-        "queue": 6,
-        "representation": 8,
-        "momentum": 0.0,
-        "batchnorm_groups": 2,
-        "max_steps": 3,
-    }
+    monkeypatch.setattr(moco, "embed", spy)
+    monkeypatch.setattr(moco, "view", lambda *given: views.append(view(*given)) or views[-1])
+    small = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 4, "embedding_dim": 8}
+    changes = {"queue": size, "momentum": 0.0, "batchnorm_groups": 2, "max_steps": 3}
     run = tmp_path / "run"
-    moco.main(Args(data=(simulated,), run_dir=run, size="tiny", device="cpu", chunk_len=400, **settings))
-    assert not heads[0] & heads[1]
-    assert orders[0] == [[0, 1, 2, 3]] * 3
-    assert len({tuple(order) for order in orders[1]}) > 1 and all(sorted(order) == [0, 1, 2, 3] for order in orders[1])
-    (k1, queue1), (k2, queue2), (_, queue3) = seen
-    torch.testing.assert_close(queue2, torch.cat([k1, queue1[4:]]))
-    torch.testing.assert_close(queue3, torch.cat([k2[2:], k1[2:], k2[:2]]))
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    for part in ("pore_model", "head"):
-        for name, value in state[part].items():
-            if "num_batches" not in name:
-                assert torch.equal(value, state[f"key_{part}"][name]) != ("running_" in name), name
+    moco.main(Args(data=(simulated,), run_dir=run, **small | changes))
+    assert len(views) > 6 and shuffled == [False, True] * (len(views) // 2)  # in validation as well
+
+    (keys, queue), *rest = seen
+    torch.testing.assert_close(queue.norm(dim=1), torch.ones(size))
+    assert (queue @ queue.T).fill_diagonal_(0).max() < 0.999
+    state = torch.load(run / "checkpoint.pt", weights_only=True)["models"]
+    for next_keys, found in (*rest, (None, state["queue"])):
+        queue = torch.cat([queue, keys])[-size:]
+        torch.testing.assert_close(found, queue)
+        keys = next_keys
+    for name in (name.removeprefix("key.") for name in state if name.startswith("key.") and "num_batches" not in name):
+        assert torch.equal(state[f"key.{name}"], state[f"query.{name}"]) != ("running_" in name), name

@@ -1,14 +1,11 @@
 """Picoamperes and med-mad units, by hand and against what was stored with real reads."""
 
-from pathlib import Path
-
 import h5py
 import numpy as np
 import pytest
 
-from common.normalise import med_mad, picoamperes
-
-ECOLI = Path(__file__).parents[2] / "shared/data/ecoli_r94_mapped.hdf5"
+from common.reads.formats import RawRead, raw_reads
+from common.reads.normalise import med_mad, normalised, picoamperes
 
 
 def test_picoamperes_adds_the_offset_then_scales():
@@ -38,7 +35,7 @@ def test_med_mad_by_hand(current, shift, mad):
 def test_med_mad_of_counted_values_is_that_of_all_of_them():
     """To the last bit, also where the two in the middle differ and where values are missing."""
     rng = np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(200):
         values = rng.normal(90, 12, rng.integers(1, 30))
         counts = rng.integers(0, 4, len(values)) + (len(values) == 1)
         if counts.any():
@@ -53,14 +50,33 @@ def test_med_mad_of_normal_noise_is_its_mean_and_sd():
     assert med_mad(current) == pytest.approx((90.0, 12.0), abs=0.2)
 
 
-def test_med_mad_of_real_reads_is_what_was_stored_with_them():
-    if not ECOLI.exists():
-        pytest.skip(f"{ECOLI} is not here: it holds the real reads this compares with")
-    with h5py.File(ECOLI) as file:
-        reads = file["Reads"]
-        assert len(reads) == 92
-        for read in reads.values():
-            stored = read.attrs
-            current = picoamperes(read["Dacs"][:], stored["offset"], stored["range"] / stored["digitisation"])
-            expected = stored["shift_frompA"], stored["scale_frompA"]
-            assert med_mad(current) == pytest.approx(expected, rel=1e-9), read.name
+@pytest.mark.parametrize("kind", ["i1", "u1", "<i2", ">i2", "u2", "i4", "i8", "u8"])
+def test_normalising_by_value_is_normalising_by_sample(kind):
+    """To the last bit, up to values as far apart as the type allows."""
+    rng, info = np.random.default_rng(0), np.iinfo(kind)
+    for length in (1, 2, 7, 1000, 1001):
+        for low, high in ((0, 100), (info.min, info.min + 9), (info.max - 9, info.max), (info.min, info.max)):
+            dacs = rng.integers(low, high, length, np.dtype(kind).newbyteorder("="), endpoint=True).astype(kind)
+            found = normalised(RawRead("a", dacs, -3.5, 0.1755, 4000))
+            current = (dacs.astype(float) - 3.5) * 0.1755
+            shift = np.median(current)
+            scale = 1.4826 * np.median(np.abs(current - shift))
+            share = max((dacs == dacs.min()).mean(), (dacs == dacs.max()).mean())
+            if dacs.min() == dacs.max():
+                assert found == "constant"
+            elif share > 0.1:
+                assert found == "saturated"
+            elif scale == 0:  # 64 bits are more than a float tells apart
+                assert found == "constant" and dacs.itemsize == 8
+            else:
+                assert found[1:] == (shift, scale) and found[0].dtype == np.float16
+                assert (found[0] == ((current - shift) / scale).astype(np.float16)).all()
+
+
+def test_shift_and_scale_of_real_reads_are_what_was_stored_with_them(shared_data):
+    path = shared_data / "ecoli_r94_mapped.hdf5"
+    with h5py.File(path) as file:
+        assert len(file["Reads"]) == 92
+        for raw in raw_reads(path):
+            stored, (_, *found) = file["Reads"][raw.id].attrs, normalised(raw)
+            assert found == pytest.approx((stored["shift_frompA"], stored["scale_frompA"]), rel=1e-9), raw.id

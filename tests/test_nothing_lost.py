@@ -6,11 +6,8 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,105 +19,29 @@ from matplotlib.figure import Figure
 import barlow
 import basecall
 import finetune_basecaller
-import prepare_data
 from benchmark.plot_runs import read_metrics
 from common import InputError
-from common.data import prepare
 from common.pore_model import PoreModel
-from common.run import Run, parse_args, save_whole
+from common.run import Run, save_whole
+from tests.forks import full_disk, killed, script
 from tests.test_bad_input import Bomb
-from tests.test_finetune_basecaller import lines_but_rates
+from tests.test_finetune_basecaller import lines_but_speed
 
-SCRIPTS = {script.__name__: script for script in (barlow, basecall, finetune_basecaller, prepare_data)}
-SMALL = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 22}  # an epoch has 4 steps
+SMALL = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 10}  # an epoch has 4 steps
 METHOD = {
-    "barlow": {"representation": 32},
+    "barlow": {"embedding_dim": 32},
     "finetune_basecaller": {"warmup_steps": 2, "lr": 3e-3, "dropout": 0.1, "freeze_steps": 7},
 }
 LAST = 11  # a line is logged after the checkpoint there, which --resume cuts off again
 
 
-# --------------------------------------------------------------------------------------------- a process of its own
-
-
-def serve():
-    """Answers (environment, folder, calls) with the exit code and the lines on standard error of a process that did so.
-
-    It is a fork of this one, which has imported all and computed nothing: what has threads does not survive a fork.
-    """
-    import torch._dynamo  # noqa: F401 - as the first optimizer does, which takes two seconds
-
+def run_script(name, data, **options):
     finetune_basecaller.VALIDATE_EVERY = 1  # each epoch, short as it is
-
-    while sys.stdin.buffer.peek(1):
-        environment, folder, calls = pickle.load(sys.stdin.buffer)
-        reader, writer = os.pipe()  # a file would be subject to the limits as well
-        if (child := os.fork()) == 0:
-            os.dup2(writer, 2), os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.close(writer)
-            os.environ.update(environment)
-            os.chdir(folder)
-            code = 1
-            try:
-                for call in calls:
-                    call()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(code)
-        os.close(writer)
-        with open(reader, errors="replace") as said:
-            lines = [line.split("\r")[-1] for line in said.read().splitlines()]
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        lines = [line for line in lines if line.strip() and not re.search(r"\d\d:\d\d.*\] *$", line)]  # no bars
-        pickle.dump((code, lines), sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Exit code and lines on standard error of a process that makes these calls, one after the other, in a folder."""
-    words = [sys.executable, "-c", f"import {__name__} as tests; tests.serve()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-
-        def run(folder, *calls):
-            pickle.dump((dict(os.environ), folder, calls), process.stdin)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
-
-        yield run
-        process.stdin.close()
-
-
-@pytest.fixture
-def child(server, tmp_path):
-    return partial(server, tmp_path)
-
-
-def script(name, *words, **options):
-    """The whole of the script, with the words of a command line, and options that are turned into such words."""
-    options = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-    sys.argv = [f"{name}.py", *map(str, [*words, *options])]
-    SCRIPTS[name].main(parse_args(SCRIPTS[name].Args))
+    script(name, "--data", data, **options)
 
 
 def train(name, data, **options):
-    return partial(script, name, "--data", data, **SMALL | METHOD[name] | options)
-
-
-def full_disk(size):
-    """No file grows beyond `size` bytes from now on: the write that would let it fails."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def killed(size):
-    """The process dies in the midst of the write that would let a file grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    full_disk(size)
+    return partial(run_script, name, data, **SMALL | METHOD[name] | options)
 
 
 def nobody():
@@ -137,17 +58,11 @@ def refusal(done, path):
 
 
 @pytest.fixture(scope="module")
-def store(simulated, tmp_path_factory):
-    """The longest five of the simulated reads, for time; two of them are in the validation split."""
-    return prepare([simulated], tmp_path_factory.mktemp("prepared") / "store", min_len=9500).path
-
-
-@pytest.fixture(scope="module")
-def whole(server, store, tmp_path_factory):
+def whole(server, few, tmp_path_factory):
     """The folder of runs that nothing stopped, by the names of their scripts."""
     folder = tmp_path_factory.mktemp("whole")
     for name in METHOD:
-        assert server(folder, train(name, store, run_dir=name, max_steps=LAST)) == (0, [])
+        assert server(folder, train(name, few, run_dir=name, max_steps=LAST)) == (0, [])
     return folder
 
 
@@ -156,14 +71,14 @@ def files(folder):
 
 
 def same_runs(*folders):
-    """Whether two runs have the same log, the rates apart, and the same files of the same values, bit for bit."""
-    assert lines_but_rates(folders[0]) == lines_but_rates(folders[1])
+    """Whether two runs have the same log, the speed apart, and the same files of the same values, bit for bit."""
+    assert lines_but_speed(folders[0]) == lines_but_speed(folders[1])
     assert files(folders[0]).keys() == files(folders[1]).keys()
     for path in folders[0].glob("*.pt"):
         saved = [torch.load(folder / path.name, weights_only=True) for folder in folders]
         groups = [state.get("optimizer", {}).pop("param_groups", None) for state in saved]
         for state in saved:
-            state.pop("script", None), state.pop("log_bytes", None)  # the rates' digits count there
+            state.pop("script", None), state.pop("log_bytes", None)  # the speed's digits count there
         assert groups[0] == groups[1]
         torch.testing.assert_close(*saved, rtol=0, atol=0)
 
@@ -184,10 +99,10 @@ def sigterm_at(step):
 
 
 @pytest.mark.parametrize(("first", "end"), [(4, 8), (8, LAST)], ids=["frozen", "free"])
-def test_fine_tuning_that_sigterm_stopped_is_resumed_as_if_never_stopped(child, whole, store, tmp_path, first, end):
+def test_fine_tuning_that_sigterm_stopped_is_resumed_as_if_never_stopped(child, whole, few, tmp_path, first, end):
     """Stopped while the pore model is frozen, or after; between two validations."""
     run, step = tmp_path / "run", random.Random(first).randrange(first, end)
-    tune = partial(train, "finetune_basecaller", store, max_steps=LAST)
+    tune = partial(train, "finetune_basecaller", few, max_steps=LAST)
     stopped = child(partial(sigterm_at, step), tune(run_dir=run))
     assert stopped == (128 + signal.SIGTERM, [f"stopped after step {step}; go on with --resume {run}"])
     assert not (run / "basecaller_last.pt").exists() and (run / "basecaller.pt").exists()
@@ -210,41 +125,41 @@ def test_fine_tuning_that_sigterm_stopped_is_resumed_as_if_never_stopped(child, 
         ("finetune_basecaller", 50, "metrics.jsonl"),
     ],
 )
-def test_a_disk_that_was_full_for_a_while(child, whole, store, tmp_path, name, limit, lost):
+def test_a_disk_that_was_full_for_a_while(child, whole, few, tmp_path, name, limit, lost):
     """From the fourth step on, which ends an epoch: what is logged and saved there, in this order."""
     run = tmp_path / "run"
-    assert child(train(name, store, run_dir=run, max_steps=3)) == (0, [])
+    assert child(train(name, few, run_dir=run, max_steps=3)) == (0, [])
     before = files(run)
     limit = limit or len(before["basecaller.pt"])  # which fits, the checkpoint after it does not
-    again = train(name, store, resume=run, max_steps=LAST, checkpoint_every=4)
+    again = train(name, few, resume=run, max_steps=LAST, checkpoint_every=4)
     assert re.search(r"File too large.*free space", refusal(child(partial(full_disk, limit), again), run / lost))
-    after, log = files(run), lines_but_rates(run)
+    after, log = files(run), lines_but_speed(run)
     assert after["checkpoint.pt"] == before["checkpoint.pt"] and after.keys() == before.keys()
     assert lost == "metrics.jsonl" or after[lost] == before[lost]
-    assert log == lines_but_rates(whole / name)[: len(log)]  # and no half line after them
+    assert log == lines_but_speed(whole / name)[: len(log)]  # and no half line after them
     assert child(again) == (0, [])
     same_runs(whole / name, run)
 
 
 @pytest.mark.parametrize("words", [(), ("--bonito",)])
-def test_full_disk_while_data_are_prepared(child, simulated, store, tmp_path, words):
+def test_full_disk_while_data_are_prepared(child, simulated, few, tmp_path, words):
     out = tmp_path / "out"
-    prepared = partial(script, "prepare_data", store if words else simulated, "-o", out, *words, chunk_len=400)
+    prepared = partial(script, "prepare_data", few if words else simulated, "-o", out, *words, chunk_len=400)
     assert re.search(r"File too large.*free space", refusal(child(partial(full_disk, 20_000), prepared), out))
     assert not list(tmp_path.iterdir())
     assert child(prepared) == (0, [])
 
 
 @pytest.mark.parametrize("end", [full_disk, killed])
-def test_args_json_is_whole_or_not_there(child, store, tmp_path, end):
+def test_args_json_is_whole_or_not_there(child, few, tmp_path, end):
     run = tmp_path / "run"
-    done = child(partial(end, 100), train("barlow", store, run_dir=run, max_steps=1))
+    done = child(partial(end, 100), train("barlow", few, run_dir=run, max_steps=1))
     if end is killed:
         assert done[0] == -signal.SIGXFSZ and not (run / "args.json").exists()
     else:
         assert re.search(r"File too large.*free space", refusal(done, run))
         assert not run.exists()  # so that it is free for the next try
-        assert child(train("barlow", store, run_dir=run, max_steps=1)) == (0, [])
+        assert child(train("barlow", few, run_dir=run, max_steps=1)) == (0, [])
 
 
 def draw(points, **folder):
@@ -293,8 +208,8 @@ def denied(done, path):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_a_run_folder_that_cannot_be_made(child, store, place, given):
-    data = shutil.copytree(store, place / "store")
+def test_a_run_folder_that_cannot_be_made(child, few, place, given):
+    data = shutil.copytree(few, place / "store")
     options = {"run_dir": place / "shut" / "run"} if given else {}
     done = child(nobody, partial(os.chdir, place / "shut"), train("barlow", data, max_steps=1, **options))
     denied(done, place / "shut" / "run" if given else "runs/barlow__0__")
@@ -305,8 +220,8 @@ def shut_after(checkpoints, folder):
     """Takes the right to write in the folder from its owner, as soon as it has so many checkpoints."""
     write, written = Run.checkpoint, []
 
-    def checkpoint(*args, **state):
-        write(*args, **state)
+    def checkpoint(*args):
+        write(*args)
         written.append(args)
         if len(written) == checkpoints:
             folder.chmod(0o555)
@@ -314,12 +229,12 @@ def shut_after(checkpoints, folder):
     Run.checkpoint = checkpoint
 
 
-def test_a_run_folder_that_is_shut_while_training(child, store, place):
-    data, run = shutil.copytree(store, place / "store"), place / "open" / "run"
+def test_a_run_folder_that_is_shut_while_training(child, few, place):
+    data, run = shutil.copytree(few, place / "store"), place / "open" / "run"
     options = {"max_steps": 4, "checkpoint_every": 1}
     done = child(nobody, partial(shut_after, 2, run), train("barlow", data, run_dir=run, **options))
     denied(done, run / "checkpoint.pt")
-    assert files(run).keys() == {"args.json", "checkpoint.pt"}
+    assert files(run).keys() == {".lock", "args.json", "checkpoint.pt"}
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 2
     run.chmod(0o755)
     assert child(nobody, train("barlow", data, resume=run, **options)) == (0, [])
@@ -327,14 +242,14 @@ def test_a_run_folder_that_is_shut_while_training(child, store, place):
     same_runs(place / "open" / "whole", run)
 
 
-def test_a_log_that_cannot_be_begun(child, store, place):
-    data, run = shutil.copytree(store, place / "store"), place / "open" / "run"
+def test_a_log_that_cannot_be_begun(child, few, place):
+    data, run = shutil.copytree(few, place / "store"), place / "open" / "run"
     options = {"max_steps": 4, "checkpoint_every": 3, "run_dir": run}
     denied(child(nobody, partial(shut_after, 1, run), train("barlow", data, **options)), run / "metrics.jsonl")
 
 
-def test_a_run_of_someone_else_is_not_resumed(child, store, place):
-    data, run = shutil.copytree(store, place / "store"), place / "open" / "run"
+def test_a_run_of_someone_else_is_not_resumed(child, few, place):
+    data, run = shutil.copytree(few, place / "store"), place / "open" / "run"
     assert child(train("barlow", data, run_dir=run, max_steps=1)) == (0, [])
     before = files(run)
     for path in (*run.iterdir(), run):
@@ -355,13 +270,13 @@ def test_a_cache_that_cannot_be_written(child, simulated, place, monkeypatch, da
 
 
 @pytest.mark.parametrize("out", ["calls.fastq", "calls.fastq.gz", "calls.bam", "store", "arrays"])
-def test_output_into_a_folder_without_the_right_to_write(child, simulated, store, place, out):
+def test_output_into_a_folder_without_the_right_to_write(child, simulated, few, place, out):
     model = finetune_basecaller.Basecaller(PoreModel.of_size("tiny"))
     torch.save(model.state_dict(), place / "basecaller.pt")
     shutil.copy(simulated, place / "reads.hdf5")
     words = ["prepare_data", place / "reads.hdf5"]
     if out == "arrays":
-        words = ["prepare_data", shutil.copytree(store, place / "prepared"), "--bonito"]
+        words = ["prepare_data", shutil.copytree(few, place / "prepared"), "--bonito"]
     elif "." in out:
         words = ["basecall", place / "basecaller.pt", place / "reads.hdf5"]
     for folder in (place / "shut", place / "shut" / "deep"):
@@ -378,7 +293,7 @@ def flipped(content, at):
 
 def damage(kind, path, executed):
     content, state = path.read_bytes(), torch.load(path, weights_only=True)
-    weights = "model" if "model" in state else "pore_model"
+    weights = "model" if "model" in state else "models"
     if kind == "folder":
         path.unlink()
         path.mkdir()
@@ -393,9 +308,8 @@ def damage(kind, path, executed):
         del state[kind.removeprefix("no ")]
         torch.save(state, path)
     elif kind == "another size":
-        other = PoreModel.of_size("small")
-        other = finetune_basecaller.Basecaller(other) if weights == "model" else other
-        torch.save(state | {weights: other.state_dict()}, path)
+        other = {f"pore_model.{key}": value for key, value in PoreModel.of_size("small").state_dict().items()}
+        torch.save(state | {weights: state[weights] | other}, path)
     else:
         torch.save(VALUES[kind](state, state[weights]), path)
 
@@ -417,26 +331,27 @@ VALUES = {
     "a step that is none": lambda state, weights: state | {"step": "three"},
     "a place in the log that is none": lambda state, weights: state | {"log_bytes": None},
     "an optimizer that is none": lambda state, weights: state | {"optimizer": weights},
-    "weights that are none": lambda state, weights: state | {"pore_model": [1, 2]},
+    "weights that are none": lambda state, weights: state | {"models": [1, 2]},
 }
 PICKLES = ["pickle", "pickle in torch's format", "pickle in torch's old format"]
-MISSING = ["no step", "no script", "no log_bytes", "no optimizer", "no pore_model", "no head"]
+MISSING = ["no step", "no script", "no log_bytes", "no world_size", "no optimizer", "no models"]
 DAMAGES = [("barlow", kind) for kind in ["folder", *BYTES, *VALUES, *PICKLES, *MISSING, "another size"]]
 DAMAGES += [("finetune_basecaller", kind) for kind in ("plain weights", "another size", "no best", "no model")]
 
 
-def resume(name, store, run):
-    SCRIPTS[name].main(SCRIPTS[name].Args((store,), resume=run, max_steps=LAST + 1, **SMALL, **METHOD[name]))
+def resume(name, few, run):
+    module = {"barlow": barlow, "finetune_basecaller": finetune_basecaller}[name]
+    module.main(module.Args(data=(few,), resume=run, max_steps=LAST + 1, **SMALL | METHOD[name]))
 
 
 @pytest.mark.parametrize(("name", "kind"), DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_run_left_as_it_is(whole, store, tmp_path, name, kind):
+def test_a_damaged_checkpoint_is_named_and_the_run_left_as_it_is(whole, few, tmp_path, name, kind):
     run, executed = tmp_path / "run", tmp_path / "executed"
     shutil.copytree(whole / name, run)
     damage(kind, run / "checkpoint.pt", executed)
     before = files(run)
     with pytest.raises(InputError) as error:
-        resume(name, store, run)
+        resume(name, few, run)
     message = str(error.value)
     assert str(run / "checkpoint.pt") in message and "\n" not in message and len(message) < 600
     assert files(run) == before and not executed.exists()
@@ -463,7 +378,7 @@ def test_a_folder_in_the_place_of_a_file_to_save(tmp_path):
 
 
 @pytest.mark.parametrize("removed", [True, False])
-def test_a_log_shorter_than_at_the_checkpoint_is_gone_on_with(whole, store, tmp_path, removed):
+def test_a_log_shorter_than_at_the_checkpoint_is_gone_on_with(whole, few, tmp_path, removed):
     """Removed, or cut off by a loss of power; what is missing is not filled with zeros."""
     run = tmp_path / "run"
     shutil.copytree(whole / "barlow", run)
@@ -471,5 +386,5 @@ def test_a_log_shorter_than_at_the_checkpoint_is_gone_on_with(whole, store, tmp_
     (run / "metrics.jsonl").write_bytes(log[: log.index(b"\n") + 20])
     if removed:
         (run / "metrics.jsonl").unlink()
-    resume("barlow", store, run)
+    resume("barlow", few, run)
     assert [line["step"] for line in read_metrics(run)] == ([] if removed else [4]) + [LAST + 1]

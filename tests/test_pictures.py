@@ -11,9 +11,10 @@ from matplotlib.colors import to_hex
 
 from benchmark import draw_read as script
 from common import InputError
-from common.data import normalised, raw_reads
-from common.pictures import COLOURS, LINE, draw_read
-from common.run import parse_args
+from common.args import parse_args
+from common.reads.formats import raw_reads
+from common.reads.normalise import normalised
+from common.reads.pictures import COLOURS, LINE, draw_read
 
 PROJECT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)

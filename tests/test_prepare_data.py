@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from common import InputError
-from common.data import ReadStore, hash_of
+from common.chunks import hash_of
+from common.reads.store import ReadStore
 
 PROJECT = Path(__file__).parents[1]
-LENGTH = 200  # samples a chunk
+LENGTH = 200  # samples per chunk
 
 
 def spelled_chunks(path):
@@ -48,11 +49,11 @@ def test_command_line_writes_a_store_and_prints_an_account(simulated, tmp_path):
     assert {"kept: 12 labelled", "left out: none"} <= set(lines)
     assert f"training: 10 labelled reads, {len(tiles['training'])} chunks of {LENGTH}" in lines
     assert f"validation: 2 labelled reads, {len(tiles['validation'])} chunks of {LENGTH}" in lines
-    assert f"{samples / bases:.2f} samples a base" in lines
+    assert f"{samples / bases:.2f} samples per base" in lines
 
     both = tiles["training"] + tiles["validation"]
     needed = [len(tile) + sum(a == b for a, b in pairwise(tile)) for tile in both]
-    shares = re.findall(r"([\d.]+)% of chunks cannot be spelled.*\((\d+) steps\)", done.stdout)
+    shares = re.findall(r"([\d.]+)% of chunks are infeasible.*\((\d+) steps\)", done.stdout)
     assert [int(steps) for _, steps in shares] == [LENGTH // 8, LENGTH // 4]
     for share, steps in shares:
         expected = 100 * np.mean([n > int(steps) for n in needed])

@@ -2,15 +2,25 @@
 
 import json
 import os
+import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import barlow
 from common import InputError
-from common.pore_model import PoreModel, RepresentationHead
-from common.run import Run, load_tensors, parse_args, pick_device, save_whole, seed_step, warn_if_slow
+from common.args import parse_args
+from common.device import pick_device, seed_step
+from common.pore_model import PoreModel, load_tensors
+from common.run import Run, save_whole, warn_if_slow
+
+
+def test_all_arguments_have_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["barlow.py"])
+    assert parse_args(barlow.Args) == barlow.Args()
 
 
 def test_resume_takes_the_arguments_of_the_run_unless_given_anew(tmp_path, monkeypatch):
@@ -66,27 +76,73 @@ def test_a_device_that_is_not_there_is_named():
         pick_device("cuda")
 
 
+class TenChunks:
+    chunk_len = 400
+
+    def __len__(self):
+        return 10
+
+
 def test_full_size_without_a_gpu_is_announced_and_leaves_the_model_as_it_was(capsys):
     pore_model = PoreModel.of_size("small")
     before = {key: value.clone() for key, value in pore_model.state_dict().items()}
-    warn_if_slow(torch.device("cpu"), (pore_model, RepresentationHead(256, 400, 32)), 400, 10, passes=2)
-    assert "hours an epoch" in (said := capsys.readouterr().out) and "--size tiny" in said
+    warn_if_slow(pore_model, TenChunks(), passes=2)
+    assert "hours an epoch" in (said := capsys.readouterr().out) and "--size tiny" in said and "10 chunks" in said
     assert all(torch.equal(before[key], value) for key, value in pore_model.state_dict().items())
-    warn_if_slow(torch.device("cpu"), (PoreModel.of_size("tiny"), None), 400, 10, passes=2)
+    warn_if_slow(PoreModel.of_size("tiny"), TenChunks(), passes=2)
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
+def resume_in(folder):
+    Run(barlow.Args(resume=folder), "barlow.py")
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(child, tmp_path):
     run = Run(barlow.Args(run_dir=tmp_path / "run"), "barlow.py")
-    resumed = barlow.Args(resume=tmp_path / "run")
     message = f"--resume {tmp_path}/run: this run is going on in another process"
-    for locked in (True, False):
-        other = os.fork()
-        if other == 0:
-            try:
-                Run(resumed, "barlow.py")
-                os._exit(0)
-            except InputError as error:
-                os._exit(1 if str(error) == message else 2)
-        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == locked
-        run.lock.close()  # as the system does for a process that ends
+    with pytest.raises(InputError, match="exists"):
+        Run(barlow.Args(run_dir=tmp_path / "run"), "barlow.py")
+    code, lines = child(partial(resume_in, tmp_path / "run"))
+    assert code == 1 and lines[-1] == f"common.InputError: {message}"
+    run.lock.release(force=True)  # as the system does for a process that ends
+    assert child(partial(resume_in, tmp_path / "run")) == (0, [])
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(barlow.Args(run_dir=tmp_path / "run"), "barlow.py")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_the_loop_with_its_code(run, capsys, sent):
+    before, steps = signal.getsignal(sent), []
+    for step in run.steps(3, 9):
+        if step == 5:
+            os.kill(os.getpid(), sent)
+        steps.append(step)
+        assert run.stop == (128 + sent if step == 5 else 0)
+        if run.stop:
+            run.checkpoint(step, {})
+            break
+    assert steps == [4, 5] and run.stop == 128 + sent and signal.getsignal(sent) is before
+    assert capsys.readouterr().err.endswith(f"stopped after step 5; go on with --resume {run.folder}\n")
+
+
+def test_a_second_signal_ends_the_step(run):
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.steps(0, 9):
+            os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError(step)
+
+
+def test_a_loop_that_asks_before_the_signal_came_ends_in_the_next_step(run):
+    """The lines after `run.stop`, of which the checkpoint is one, are not cut short."""
+    for step in run.steps(0, 9):
+        if run.stop:
+            break
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert step == 3

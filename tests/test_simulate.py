@@ -7,9 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from common import simulate
-from common.normalise import med_mad, picoamperes
-from common.simulate import TRINUCLEOTIDE_LEVELS, kmer_levels, simulate_read, simulated_file, write_simulated
+from common.reads import simulate
+from common.reads.normalise import med_mad, picoamperes
+from common.reads.simulate import TRINUCLEOTIDE_LEVELS, kmer_levels, simulate_read, simulated_file, write_simulated
 
 TABLE = Path(__file__).parents[2] / "shared/data/r94_trinucleotide_levels.csv"
 ROW = {"".join(letters): row for row, letters in enumerate(itertools.product("ACGT", repeat=3))}

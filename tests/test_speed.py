@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import speed, speed_data
-from common.pore_model import SIZES, PoreModel, RepresentationHead, frames_of
-from common.simulate import write_simulated
+from common.pore_model import SIZES, PoreModel, frames_of
+from common.reads.simulate import write_simulated
 
 KEYS = {"method", "size", "device", "precision", "batch_size", "chunk_len", "compile", "step", "chunks_per_second"}
 KEYS |= {"parts", "peak_memory", "bound", "bound_ratio", "flops", "matmul", "utilisation"}
@@ -39,9 +39,9 @@ def test_each_method_has_a_row_whose_parts_add_up_to_the_step(capsys):
 
 def test_the_scripts_are_as_before_afterwards(capsys):
     script = speed.importlib.import_module("moco")
-    before = [dict(vars(owner)) for owner in (script, script.Run, script.Queue, torch.Tensor, PoreModel)]
+    before = [dict(vars(owner)) for owner in (script, script.Run, torch.Tensor, PoreModel)]
     rows_of(capsys, methods=("moco",), chunk_len=400)
-    assert [dict(vars(owner)) for owner in (script, script.Run, script.Queue, torch.Tensor, PoreModel)] == before
+    assert [dict(vars(owner)) for owner in (script, script.Run, torch.Tensor, PoreModel)] == before
 
 
 def test_a_row_says_that_memory_ended(capsys, monkeypatch):
@@ -98,11 +98,12 @@ def test_without_positions_the_pore_model_is_the_bound():
         torch.testing.assert_close(plain(signal), ours(signal)[0])
 
 
-def test_flops_of_the_head():
-    head = RepresentationHead(128, 800, 64)
-    args = speed.importlib.import_module("barlow").Args(size="tiny", chunk_len=800, batch_size=2, representation=64)
+def test_flops_of_the_projector():
+    barlow = speed.importlib.import_module("barlow")
+    projector = barlow.Projector(128, 800, 64)
+    args = barlow.Args(size="tiny", chunk_len=800, batch_size=2, embedding_dim=64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        head(torch.randn(2, 100, 128))
+        projector(torch.randn(2, 100, 128), torch.tensor([100, 100]))
     passes = speed.step_flops("barlow", args, 800, 100) - 12 * speed.pore_model_flops("tiny", 800, 100)
     assert passes == 6 * counter.get_total_flops()
 

@@ -216,5 +216,5 @@ def test_without_track_wandb_is_not_imported(place, simulated):
     code += "; assert 'torch' in sys.modules and 'wandb' not in sys.modules"
     place.do(sys.executable, "-c", code, "--data", str(simulated), *SMALL, "--max-steps", "1")
     assert sorted(path.name for path in place.run.iterdir()) == [
-        "accuracy.png", "args.json", "checkpoint.pt", "metrics.jsonl", "pore_model.pt"
+        ".lock", "accuracy.png", "args.json", "checkpoint.pt", "metrics.jsonl", "pore_model.pt"
     ]  # fmt: skip

@@ -30,7 +30,16 @@ from common.args import Fraction, Probability, parse_args
 from common.augment import gain_offset, noise
 from common.chunks import Chunks, open_data
 from common.ctc import ALPHABET, best_path, ctc_steps_needed, identity
-from common.device import all_gather, all_gather_lists, autocast, average_gradients, evaluation, pick_device, seed_step
+from common.device import (
+    all_gather,
+    all_gather_lists,
+    autocast,
+    average_gradients,
+    evaluation,
+    pick_device,
+    rank,
+    seed_step,
+)
 from common.pore_model import HOP, PoreModel
 from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 
@@ -323,7 +332,8 @@ def main(args):
     if best.loss == math.inf:
         run.save("basecaller.pt", model.state_dict())
     run.save("basecaller_last.pt", model.state_dict())
-    run.picture("calls", draw_calls(model, validation, device, args.precision))
+    if rank() == 0:  # which alone has the first validation chunk
+        run.picture("calls", draw_calls(model, validation, device, args.precision))
     print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
 
 

@@ -15,12 +15,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common.augment import EXTRA, drop_points, noise, view
+from common import augment
 from common.reads.normalise import med_mad
 from common.reads.simulate import simulate_read
 
 SEED = 101  # gives a crop, a shuffle and two views that show well
-AUGMENTATIONS = {"noise": noise, "drop-point": drop_points, "view": view, **EXTRA}
+AUGMENTATIONS = {
+    "drop-point": augment.drop_points,
+    "view": lambda signal, lengths: augment.drop_points(*augment.noise(signal, lengths)),
+}  # the others are called as their functions are
 TITLES = {  # of the chunk and of the augmented; {} is the number of samples left
     "noise": ("the chunk", "noise of standard deviation 0.25 added; thin: the chunk"),
     "drop-point": ("the chunk, 300 samples; dots: to be dropped", "drop-point: the {} left, moved together"),
@@ -50,7 +53,8 @@ def augmented(name, signal, seed=SEED):
     """The augmented signal, without padding: of 16 equal rows the first that changed, since flips leave half alone."""
     torch.manual_seed(seed)
     rows = signal.repeat(16, 1)
-    out, lengths = AUGMENTATIONS[name](rows, torch.full((16,), len(signal)))
+    augmentation = AUGMENTATIONS.get(name) or getattr(augment, name.replace("-", "_"))
+    out, lengths, *_ = augmentation(rows, torch.full((16,), len(signal)))
     row = (out != rows).any(1).int().argmax()
     return out[row, : lengths[row]]
 

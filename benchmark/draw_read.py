@@ -8,8 +8,10 @@ The reference's bases are those of mapped-signal HDF5; called ones come from BAM
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from common import InputError
 from common.args import parse_args
@@ -27,11 +29,11 @@ class Args:
     """raw reads: POD5, FAST5, mapped-signal HDF5, or a folder of them"""
     read: str | None = None
     """id of the read; the first that can be drawn if not given"""
-    start: int | None = None
+    start: NonNegativeInt | None = None
     """first sample to draw; if not given, shortly before a chunk border near the middle of the read"""
-    samples: int = 1500
+    samples: Annotated[int, Field(ge=1, le=20_000)] = 1500
     """how many samples to draw"""
-    chunk_len: int = 3600
+    chunk_len: PositiveInt = 3600
     """samples per chunk of validation, which tiles a read from its first labelled base on"""
     bam: tuple[str, ...] = ()
     """basecalls of the read with move tables, one row each: name=calls.bam"""
@@ -72,8 +74,6 @@ def find_read(data, read_id, calls):
 def main(args):
     if args.picture.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"{args.picture}: the picture comes first, and should end in .png, .pdf or .svg")
-    if args.samples > 20_000:
-        raise InputError(f"--samples {args.samples}: at most 20000 fit a picture")
     named = {(name or Path(path).stem): path for name, _, path in (word.rpartition("=") for word in args.bam)}
     calls = {name: Basecalls([Path(path)], called=True) for name, path in named.items()}
     raw, current, rows = find_read(args.data, args.read, calls)

@@ -42,11 +42,12 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from pydantic import PositiveInt
 from torch import nn
 
 from benchmark.memory import make_store
 from common import InputError
-from common.args import parse_args
+from common.args import BatchSize, ChunkLength, parse_args
 from common.chunks import Batch, Chunks
 from common.device import autocast, pick_device
 from common.pore_model import ENCODERS, HEAD_WIDTH, SIZES, PoreModel, frames_of
@@ -63,11 +64,11 @@ class Args:
     """the scripts; with --scale the first"""
     sizes: tuple[Literal[tuple(SIZES)], ...] = ()
     """sizes of the pore model; if not given, thesis on a GPU, tiny and small without one"""
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[BatchSize, ...] = ()
     """chunks per step; if not given, 64 and the largest power of two that fits on a GPU, 32 without one"""
-    chunk_len: int = 3600
+    chunk_len: ChunkLength = 3600
     """samples per chunk"""
-    steps: int = 5
+    steps: PositiveInt = 5
     """timed steps per row"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """where to run"""

@@ -15,19 +15,22 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from unittest.mock import patch
 
 import torch
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 import basecall
 import finetune_basecaller
-from common import InputError
 from common.args import parse_args
 from common.chunks import Chunks
 from common.device import pick_device
 from common.pore_model import load_tensors
 from common.reads.store import prepare
+
+STEPS = 300  # batches that are timed
 
 
 @dataclass
@@ -36,13 +39,13 @@ class Args:
     """raw reads, to be prepared and basecalled"""
     labelled: Path
     """labelled reads, for fine-tuning"""
-    epochs: int = 3
+    epochs: Annotated[int, Field(ge=2)] = 3  # what lies between two validations is timed
     """of fine-tuning at --size tiny; the basecaller that comes out calls the raw reads"""
-    reads: int = 20
+    reads: PositiveInt = 20
     """how many of the raw reads are called"""
-    chunk_len: int = 3600
+    chunk_len: PositiveInt = 3600
     """samples per chunk, of the batches"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """chunks per batch, of the batches"""
 
 
@@ -69,10 +72,10 @@ def measure_preparing(args, folder):
 
 def measure_batches(what, store, args, labelled):
     chunks = Chunks([store], args.chunk_len, "training", labelled)
-    batch_size, steps = min(args.batch_size, len(chunks)), 300
-    took = min(seconds(lambda: [chunks.batch(0, step, batch_size) for step in range(steps)]) for _ in range(3))
-    rate = steps * batch_size / took
-    row(what, chunks_a_second=rate, signal_mb_a_second=2 * rate * args.chunk_len / 1e6)
+    batch_size = min(args.batch_size, len(chunks))
+    took = min(seconds(lambda: [chunks.batch(0, step, batch_size) for step in range(STEPS)]) for _ in range(3))
+    speed = STEPS * batch_size / took
+    row(what, chunks_a_second=speed, signal_mb_a_second=2 * speed * args.chunk_len / 1e6)
 
 
 def measure_fine_tuning(store, args, folder):
@@ -129,8 +132,6 @@ def measure_basecalling(weights, args, folder):
 
 
 def main(args):
-    if args.epochs < 2:
-        raise InputError(f"--epochs {args.epochs}: what lies between two validations is timed; give at least 2")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         raw, labelled = measure_preparing(args, Path(folder))
         measure_batches("batches", raw, args, labelled=False)

@@ -8,12 +8,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmark import speed, speed_data
+from benchmark.memory import make_store
 from common.pore_model import SIZES, PoreModel, frames_of
 from common.reads.simulate import write_simulated
 
 KEYS = {"method", "size", "device", "precision", "batch_size", "chunk_len", "compile", "step", "chunks_per_second"}
 KEYS |= {"parts", "peak_memory", "bound", "bound_ratio", "flops", "matmul", "utilisation"}
 PARTS = {"data", "views", "forward", "loss", "backward", "optimizer", "rest"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Smaller products and fewer reads, for time."""
+    matmul_flops = speed.matmul_flops
+    monkeypatch.setattr(speed, "matmul_flops", lambda device, precision, _: matmul_flops(device, precision, 256))
+    monkeypatch.setattr(speed, "make_store", lambda folder, _: make_store(folder, 12))
+    monkeypatch.setattr(speed_data, "STEPS", 10)
 
 
 def rows_of(capsys, **settings):

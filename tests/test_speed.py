@@ -23,6 +23,7 @@ def quick(monkeypatch):
     matmul_flops = speed.matmul_flops
     monkeypatch.setattr(speed, "matmul_flops", lambda device, precision, _: matmul_flops(device, precision, 256))
     monkeypatch.setattr(speed, "make_store", lambda folder, _: make_store(folder, 12))
+    monkeypatch.setattr(speed, "BEFORE", 1)
     monkeypatch.setattr(speed_data, "STEPS", 10)
 
 
@@ -120,7 +121,7 @@ def test_flops_of_the_projector():
 
 def test_each_part_of_the_data_path_has_a_row(shared_data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_simulated(tmp_path / "labelled.hdf5", 12, mean_bases=1500, seed=1)
+    write_simulated(tmp_path / "labelled.hdf5", 5, mean_bases=1500, seed=1)
     raw = shared_data / "formats/same_reads_as_multi_read_gzip.pod5"
     speed_data.main(speed_data.Args((raw,), tmp_path / "labelled.hdf5", epochs=2, reads=1, batch_size=4))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

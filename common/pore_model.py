@@ -109,7 +109,7 @@ class FeatureEncoder(nn.Module):
             stride = block.conv.stride[0]
             lengths = None if lengths is None else (lengths + stride - 1) // stride
             x = block(x, lengths)
-        return x.transpose(1, 2), lengths
+        return x.transpose(1, 2).contiguous(), lengths  # or else each LayerNorm copies
 
 
 class Dropout(nn.Dropout):

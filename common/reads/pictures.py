@@ -65,3 +65,30 @@ def _draw_band(axis, bases, starts, span, bottom, height, points):
                 axis.text(*place, letter, size=size, color=INK, ha="center", va="center_baseline", clip_on=True)
         elif start == end and span[0] <= start < span[1]:
             axis.vlines(start, bottom + height, bottom + 1.3 * height, color=COLOURS[letter], lw=1.5)
+
+
+def draw_events(signal, events, hidden, logits, edges, samples=400):
+    """The figure of the last chunk's first samples: its current and events, and what was predicted of the hidden ones.
+
+    Of N chunks, what masked.py's forward() returns: signal (N, L), events, hidden (N, S), logits (N, S, B) of the bins
+    of level, between edges (B - 1,). A hidden event has its distribution as a column of shades, its level as a line.
+    """
+    start, length, level, hidden = (x[-1].cpu().numpy() for x in (events.start, events.length, events.level, hidden))
+    current, edges = signal[-1, :samples].cpu().numpy(), edges.cpu().numpy()
+    probabilities = logits[-1].float().softmax(1).cpu().numpy()
+    heights = np.array([min(current.min(), edges[0]) - 0.2, *edges, max(current.max(), edges[-1]) + 0.2])
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(current, ".-", color=INK, lw=0.7, markersize=2)
+    for event in np.flatnonzero((length > 0) & (start + length <= samples)):
+        left, right = start[event] - 0.5, start[event] + length[event] - 0.5
+        axes.axvline(right, color=PALE, lw=0.5, zorder=0)
+        if hidden[event]:
+            density = probabilities[event] / np.diff(heights)
+            shades = (density / density.max())[:, None]
+            axes.pcolormesh([left, right], heights, shades, cmap="Blues", vmin=0, vmax=1, zorder=0)
+            axes.hlines(level[event], left, right, color=COLOURS["T"], lw=2)
+    axes.set(xlim=(0, len(current) - 1), ylim=heights[[0, -1]])
+    axes.set(xlabel="sample of the chunk", ylabel="current (med-mad units)")
+    axes.set_title("hidden events: predicted distribution of the level (blue), and the level there was (red)", size=9)
+    return figure

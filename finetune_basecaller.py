@@ -12,6 +12,7 @@ with infeasible chunks, which have too many bases for their time steps, left out
     python finetune_basecaller.py --data reads.hdf5 --size tiny
 """
 
+import copy
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ from common.device import (
 )
 from common.pore_model import HOP, PoreModel
 from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from masked import find_events, hide
 
 STEPS_PER_FRAME = 2
 VALIDATE_EVERY = 50  # steps, or each epoch where one is longer
@@ -93,6 +95,10 @@ class Args:
     """and moved by this * N(0, 1)"""
     noise_jitter: NonNegativeFloat = 0.0
     """and given white noise of this standard deviation"""
+    mask_chance: Probability = 0.5
+    """chance of a chunk to have events hidden, as masked.py does: their bases have to be told from those around them"""
+    ema: Probability = 0.99
+    """momentum of the average of the weights, which is what is validated and saved; 0 for the weights themselves"""
     epochs: PositiveInt | None = None
     """passes over the training reads; the cosine ends with them; by size if not given"""
     steps: PositiveInt | None = None
@@ -163,6 +169,24 @@ def ctc_loss(log_probs, lengths, targets, target_lengths):
     per_base, counts, infeasible = ctc_per_base(log_probs, lengths, targets, target_lengths)
     per_base, counts, infeasible = all_gather(per_base, counts.float(), infeasible.float())
     return per_base.sum() / counts.sum().clamp(min=1), {"infeasible": infeasible.mean()}
+
+
+def augment(batch, args):
+    """The chunks (N, L) with jitter, and in a random share of them with hidden events."""
+    signal, _ = gain_offset(batch.signal, batch.lengths, args.gain_jitter, args.offset_jitter)
+    signal, _ = noise(signal, batch.lengths, args.noise_jitter)
+    masked, _ = hide(signal, find_events(signal), gap=2)
+    return torch.where(torch.rand(len(signal), 1, device=signal.device) < args.mask_chance, masked, signal)
+
+
+@torch.no_grad()
+def update_average(average, model, momentum):
+    """average <- momentum * average + (1 - momentum) * model, BatchNorm's running statistics included."""
+    for old, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - momentum)
+        else:
+            old.copy_(new)
 
 
 def learning_rate(step, warmup_steps, total):
@@ -289,7 +313,8 @@ def main(args):
         ]
     )
     best = Best()
-    parts = {"model": model, "optimizer": optimizer, "best": best}
+    average = copy.deepcopy(model)
+    parts = {"model": model, "average": average, "optimizer": optimizer, "best": best}
     first = run.resume(parts, last)
     if args.compile:
         model.pore_model.compile()
@@ -297,8 +322,7 @@ def main(args):
     for step in run.steps(first, last):
         seed_step(args.seed, step)
         batch = chunks.batch(args.seed, step - 1, args.batch_size).to(device)
-        signal, _ = gain_offset(batch.signal, batch.lengths, args.gain_jitter, args.offset_jitter)
-        signal, _ = noise(signal, batch.lengths, args.noise_jitter)
+        signal = augment(batch, args)
         model.pore_model.requires_grad_(step > args.freeze_steps).train(step > args.freeze_steps)
         scale = learning_rate(step, args.warmup_steps, total)
         for group, frozen in zip(optimizer.param_groups, (0, args.freeze_steps), strict=True):  # each warms up
@@ -313,27 +337,28 @@ def main(args):
         average_gradients(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
+        update_average(average, model, min(args.ema, step / (step + 10)))  # soon rid of the weights it began with
 
         if step % LOG_EVERY == 0:
             run.log(step, loss=loss, **terms, lr=optimizer.param_groups[0]["lr"])
         if step % validate_every == 0 or step == total:
-            metrics = validate(model, validation, args.batch_size, device, args.precision)
+            metrics = validate(average, validation, args.batch_size, device, args.precision)
             run.log(step, **metrics)
             if metrics["validation/loss"] < best.loss:
                 best.loss = metrics["validation/loss"]
-                run.save("basecaller.pt", model.state_dict())
+                run.save("basecaller.pt", average.state_dict())
         if run.stop or step % args.checkpoint_every == 0 or step == last:
             run.checkpoint(step, parts)
         if run.stop:  # Ctrl-C or SIGTERM
             return run.stop
 
     if last % validate_every and last < total:  # --max-steps; --resume will cut this line off again
-        run.log(last, **validate(model, validation, args.batch_size, device, args.precision))
+        run.log(last, **validate(average, validation, args.batch_size, device, args.precision))
     if best.loss == math.inf:
-        run.save("basecaller.pt", model.state_dict())
-    run.save("basecaller_last.pt", model.state_dict())
+        run.save("basecaller.pt", average.state_dict())
+    run.save("basecaller_last.pt", average.state_dict())
     if rank() == 0:  # which alone has the first validation chunk
-        run.picture("calls", draw_calls(model, validation, device, args.precision))
+        run.picture("calls", draw_calls(average, validation, device, args.precision))
     print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
 
 

@@ -204,6 +204,12 @@ def log_of(folder):
     return last | {"commit": ", ".join(dict.fromkeys(Path(f"{folder}.commits").read_text().split()))}
 
 
+def folder_of(commands):
+    """Where the last of these commands, run one after another, has its run folder."""
+    digest = blake2b(" && ".join(commands).encode(), digest_size=4).hexdigest()
+    return RUNS / f"{commands[-1].partition('.')[0]}-{digest}"
+
+
 def do(commands):
     """Runs commands, each from the weights of the one before, and returns the rest of the row.
 
@@ -211,8 +217,7 @@ def do(commands):
     """
     folder, logs = None, []
     for end, command in enumerate(commands, 1):
-        digest = blake2b(" && ".join(commands[:end]).encode(), digest_size=4).hexdigest()
-        before, folder = folder, RUNS / f"{command.partition('.')[0]}-{digest}"
+        before, folder = folder, folder_of(commands[:end])
         finish(command, folder, before)
         logs.append(log_of(folder))
     *pretraining, last = logs

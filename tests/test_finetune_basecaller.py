@@ -214,6 +214,41 @@ def test_tune_validates_on_reads_that_neither_training_nor_the_validation_split_
         main(small_args(simulated, tmp_path / "both", tune=True, shared_data=True))
 
 
+def test_what_is_saved_is_the_average_of_the_weights(few, tmp_path, monkeypatch):
+    """Against the recursion in float64; with momentum 0 it is the weights themselves."""
+    states, update = [], finetune_basecaller.update_average
+
+    def spy(average, model, momentum):
+        for network in (average, model):
+            states.append({name: value.double().clone() for name, value in network.state_dict().items()})
+        update(average, model, momentum)
+
+    monkeypatch.setattr(finetune_basecaller, "update_average", spy)
+    for ema in (0.3, 0.0):
+        states.clear()
+        main(small_args(few, tmp_path / str(ema), ema=ema, max_steps=6, lr=1e-2))
+        expected = states[0]
+        for weights, momentum in zip(states[1::2], (1 / 11, 2 / 12, 3 / 13, 4 / 14, 5 / 15, 6 / 16), strict=True):
+            old = min(momentum, ema)
+            expected = {name: old * expected[name] + (1 - old) * value for name, value in weights.items()}
+        saved, checkpoint = (load(tmp_path / str(ema) / name) for name in ("basecaller_last.pt", "checkpoint.pt"))
+        for name, value in saved.items():
+            if value.is_floating_point():
+                assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name
+            assert torch.equal(value, checkpoint["average"][name])
+            assert torch.equal(value, checkpoint["model"][name]) or ema
+
+
+def test_events_are_hidden_in_a_share_of_the_chunks(few):
+    batch = Chunks(open_data([few]), 400, "training", labelled=True).batch(0, 0, 40)
+    for chance, share in ((0.0, 0), (0.4, 0.4), (1.0, 1)):
+        torch.manual_seed(0)
+        args = Args(mask_chance=chance, gain_jitter=0, offset_jitter=0)
+        changed = finetune_basecaller.augment(batch, args) != batch.signal
+        assert changed.any(1).float().mean() == pytest.approx(share, abs=0.2)
+        assert changed[changed.any(1)].float().mean() == pytest.approx(0.25, abs=0.1) or chance == 0
+
+
 @pytest.mark.parametrize("words", ["--tune", "--steps 9"])
 def test_steps_and_tune_stay_on_resume(few, tmp_path, monkeypatch, words):
     main(small_args(few, tmp_path / "run", steps=2))
@@ -237,7 +272,7 @@ def test_frozen_pore_model_keeps_its_weights_and_statistics_while_the_head_learn
 def test_after_the_freeze_the_pore_model_warms_up(few, tmp_path):
     pretrained = PoreModel.of_size("tiny")
     torch.save(pretrained.state_dict(), tmp_path / "pore_model.pt")
-    settings = {"weights": tmp_path / "pore_model.pt", "freeze_steps": 12, "warmup_steps": 10, "lr": 1e-2}
+    settings = {"weights": tmp_path / "pore_model.pt", "freeze_steps": 12, "warmup_steps": 10, "lr": 1e-2, "ema": 0}
     main(small_args(few, tmp_path / "run", max_steps=13, **settings))
     trained = load(tmp_path / "run" / "basecaller_last.pt")
     moved = [(trained[f"pore_model.{key}"] - value).abs().max() for key, value in pretrained.named_parameters()]

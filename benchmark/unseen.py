@@ -1,0 +1,77 @@
+"""Runs commands one after another, and tests the basecaller that they end with on reads that none of them has seen.
+
+    python -m benchmark.unseen --name masked --seeds 0 1 --tests runs/unseen/lambda_first.hdf5 \\
+        --commands "masked.py --data reads.pod5 --size tiny --epochs 5" \\
+        "finetune_basecaller.py --data labelled.hdf5 --size tiny --steps 1000 --weights pore_model.pt"
+
+Each command starts from the weights of the one before, and gets --seed. One row a seed in benchmark/results/NAME.csv:
+the commands, and for each test file the mean identity of all its chunks, by the last weights. No row is made twice, and
+no run: start it again, or twice on one machine, with commands that share their beginning.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import Timeout
+
+from benchmark.evidence import RUNS, append_row, do, folder_of, key, read_rows
+from common import InputError
+from common.args import parse_args
+from common.chunks import Chunks, open_data
+from common.pore_model import load_tensors
+from finetune_basecaller import Basecaller, identities_of
+
+
+@dataclass
+class Args:
+    commands: tuple[str, ...]
+    """of the scripts, one after another, the last one of finetune_basecaller.py"""
+    tests: tuple[Path, ...]
+    """labelled reads; all of them are tested on"""
+    name: str = "unseen"
+    """of this collection of results"""
+    seeds: tuple[int, ...] = (0,)
+    """of each command"""
+    chunk_len: int = 1200
+    """samples per chunk of the tests"""
+
+
+@torch.no_grad()
+def mean_identity(weights, data, chunk_len):
+    """Mean identity in percent of all chunks of the labelled reads `data`, by the basecaller.pt `weights`."""
+    model, stores, identities = Basecaller.from_state_dict(load_tensors(weights)).eval(), open_data((data,)), []
+    for split in ("training", "validation"):
+        for batch in Chunks(stores, chunk_len, split, labelled=True).tiles(64):
+            identities += identities_of(model(batch.signal)[0], batch.targets, batch.target_lengths)
+    return float(np.mean(identities))
+
+
+def main(args):
+    """The exit code: 0, or the jobs that failed, which sys.exit prints."""
+    failed = []
+    for seed in args.seeds:
+        *before, last = commands = [f"{command} --seed {seed}" for command in args.commands]
+        row = {"name": args.name, "seed": seed, "pretrain_command": " && ".join(before), "finetune_command": last}
+        if key(row) in read_rows(args.name):
+            continue
+        try:
+            results = do(commands)
+            for test in args.tests:
+                weights = folder_of(commands) / "basecaller_last.pt"
+                row[f"identity_{test.stem}"] = round(mean_identity(weights, test, args.chunk_len), 3)
+            append_row(row | results)
+            print(" ".join(f"{name} {value}" for name, value in row.items() if name[:8] == "identity"), flush=True)
+        except Timeout:
+            print(f"seed {seed}: another process is at it", flush=True)
+        except InputError as error:
+            print(f"seed {seed}: {error}", file=sys.stderr)
+            failed.append(str(seed))
+    return f"failed: seeds {', '.join(failed)}" if failed else 0
+
+
+if __name__ == "__main__":
+    RUNS.mkdir(parents=True, exist_ok=True)
+    sys.exit(main(parse_args(Args)))

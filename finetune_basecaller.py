@@ -27,7 +27,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 
 from common import InputError
-from common.args import Fraction, Probability, parse_args
+from common.args import Fraction, Probability, Share, parse_args
 from common.augment import gain_offset, noise
 from common.chunks import Chunks, open_data
 from common.ctc import ALPHABET, best_path, ctc_steps_needed, identity
@@ -95,7 +95,7 @@ class Args:
     """and moved by this * N(0, 1)"""
     noise_jitter: NonNegativeFloat = 0.0
     """and given white noise of this standard deviation"""
-    mask_chance: Probability = 0.5
+    mask_chance: Share = 0.5
     """chance of a chunk to have events hidden, as masked.py does: their bases have to be told from those around them"""
     ema: Probability = 0.99
     """momentum of the average of the weights, which is what is validated and saved; 0 for the weights themselves"""

@@ -109,7 +109,7 @@ def find_events(signal):
     t = (mean[:, 4:] - mean[:, :-4]).abs() / (pooled.clamp(min=0.01) * 2 / 4).sqrt()
     t = F.pad(t, (4, 3))  # (N, L), of a border before each sample
     border = (t > THRESHOLD) & (t == F.max_pool1d(t[:, None], 5, 1, 2)[:, 0])
-    places = signal.shape[1] // 3 + 1  # borders are three samples apart, at least
+    places = signal.shape[1] // 3 + 1  # borders are three samples apart, but for ties, one in 2000
     of_sample = border.long().cumsum(1).clamp(max=places - 1)
     empty = signal.new_zeros(len(signal), places)
     length = empty.scatter_add(1, of_sample, torch.ones_like(signal))
@@ -127,10 +127,10 @@ def hide(signal, events, gap):
     return torch.where(noisy, torch.randn_like(signal), signal), hidden
 
 
-def count_levels(chunks, args, batches=32):
-    """Edges (B - 1,) of bins of equal mass, and log p(b | a before it) (B, B), of the first training batches."""
-    signals = [all_gather(chunks.batch(args.seed, step, args.batch_size).signal)[0] for step in range(batches)]
-    events = find_events(torch.cat(signals))
+def count_levels(chunks, args):
+    """Edges (B - 1,) of bins of equal mass, and log p(b | a before it) (B, B), of the first 2048 training chunks."""
+    batches = [chunks.batch(args.seed, step, args.batch_size).signal for step in range(-(-2048 // args.batch_size))]
+    events = find_events(*all_gather(torch.cat(batches)))
     there = events.length > 0
     levels = events.level[there].sort().values
     edges = levels[len(levels) * torch.arange(1, BINS) // BINS]

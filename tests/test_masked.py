@@ -1,5 +1,6 @@
-"""masked.py: events, what is hidden, what reaches a prediction, the loss, and that it learns k-mers and nothing else."""
+"""masked.py: events, what is hidden, what reaches a prediction, the loss; that it learns k-mers and nothing else."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,17 +8,18 @@ import pytest
 import torch
 
 import masked
+from benchmark.plot_runs import read_metrics
 from common.chunks import Batch
+from common.reads import simulate
 from common.reads.normalise import med_mad
-from common.reads.simulate import simulate_read
 from masked import BINS, THRESHOLD, find_events, hide, masked_loss
 
 
 def simulated_chunks(chunks, samples, seed=0):
-    """Normalised current (N, L) of the full simulator, and the borders of its bases, a list of samples of each chunk."""
+    """Normalised current (N, L) of the full simulator, and the samples of each chunk at which a base begins."""
     rng, signals, borders = np.random.default_rng(seed), [], []
     for _ in range(chunks):
-        signal, starts = simulate_read(rng, rng.integers(0, 4, samples))
+        signal, starts = simulate.simulate_read(rng, rng.integers(0, 4, samples))
         shift, scale = med_mad(signal)
         signals.append((signal[:samples] - shift) / scale)
         borders.append(np.unique(starts[(starts > 0) & (starts < samples)]))
@@ -43,26 +45,28 @@ def test_events_are_those_of_a_plain_loop():
         there = int((length > 0).sum())
         assert length[:there].tolist() == np.diff(starts).tolist() and not length[there:].any()
         assert events.start[row, :there].tolist() == starts[:-1]
-        means = [x[first:end].mean() for first, end in zip(starts[:-1], starts[1:], strict=True)]
+        means = [x[first:end].mean() for first, end in itertools.pairwise(starts)]
         assert level[:there].tolist() == pytest.approx(means, abs=1e-5)
         assert events.of_sample[row].tolist() == np.repeat(range(there), np.diff(starts)).tolist()
 
 
 def test_borders_are_found_and_few_are_false():
-    """Against the steps of the full simulator that are seen at all: bases of two samples or more, levels that differ."""
+    """A found border is right if a base begins within one sample of it, one of three samples or more or of fewer.
+
+    To be found are those where two bases of three samples or more meet whose mean currents differ by 0.3: others are
+    hard to see for anybody. Borders found are three samples apart, so none counts twice. Recall measured: 0.97, and
+    0.79 of all borders, those of bases of a single sample and of equal levels included. Precision: 0.96; of places
+    drawn at random 0.32 are right.
+    """
     signal, borders = simulated_chunks(16, 2000, seed=1)
-    events, right, found, wanted, true = find_events(signal), 0, 0, 0, 0
+    events, seen, right = find_events(signal), [], []
     for row, there in enumerate(borders):
-        starts = events.start[row][events.length[row] > 0].numpy()[1:]
-        found += len(starts)
-        right += sum(np.abs(there - start).min() <= 3 for start in starts)
-        x = signal[row].numpy()
+        found, x = events.start[row][events.length[row] > 0].numpy()[1:], signal[row].numpy()
+        right += [np.abs(there - border).min() <= 1 for border in found]
         for left, border, end in zip([0, *there[:-1]], there, [*there[1:], len(x)], strict=True):
-            if min(border - left, end - border) >= 4 and abs(x[left:border].mean() - x[border:end].mean()) > 0.4:
-                wanted += 1
-                true += np.abs(starts - border).min() <= 3
-    print(true / wanted, right / found)
-    assert true / wanted > 0.9 and right / found > 0.75
+            if min(border - left, end - border) >= 3 and abs(x[left:border].mean() - x[border:end].mean()) > 0.3:
+                seen.append(np.abs(found - border).min() <= 1)
+    assert len(seen) > 2000 and np.mean(seen) > 0.95 and np.mean(right) > 0.95
 
 
 def test_hidden_events_are_whole_stand_alone_and_are_no_outer_ones():
@@ -116,7 +120,7 @@ def test_nothing_of_a_hidden_event_reaches_its_prediction(monkeypatch):
     assert not torch.equal(other, signal)
     assert torch.equal(logits_of(other)[2], logits)
     given = signal.clone().requires_grad_()
-    loss, _, logits = logits_of(given)
+    _, _, logits = logits_of(given)
     logits[chosen].square().sum().backward()
     assert not given.grad[covered].any() and given.grad[~covered].any()
 
@@ -159,3 +163,46 @@ def test_to_know_nothing_costs_ln_32():
     loss, terms = masked_loss(torch.zeros(2, 5, BINS), torch.randint(BINS, (2, 5)), hidden, chain)
     assert loss.item() == pytest.approx(math.log(32)) and terms["cross_entropy"].item() == pytest.approx(math.log(32))
     assert terms["gained"].item() == pytest.approx(0, abs=1e-5) and terms["floor"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_floor_is_what_the_neighbours_tell():
+    """Of eight levels in a fixed order either neighbour tells all three bits; of random ones, that it is another."""
+    rng, floors = np.random.default_rng(0), []
+    for ordered in (True, False):
+
+        class Chunks:
+            @staticmethod
+            def batch(seed, step, size, ordered=ordered):
+                level = rng.integers(0, 8, (size, 60))
+                level = (level[:, :1] + 3 * np.arange(60)) % 8 if ordered else level
+                signal = np.repeat(level - 3.5, 10, 1) + rng.normal(0, 0.05, (size, 600))
+                return Batch(torch.tensor(signal, dtype=torch.float32), None)
+
+        edges, chain = masked.count_levels(Chunks, masked.Args())
+        torch.testing.assert_close(chain.exp().sum(1), torch.ones(BINS))
+        signal = Chunks.batch(0, 0, 64).signal  # others than those counted
+        events = find_events(signal)
+        bins = torch.bucketize(events.level, edges)
+        shares = bins[events.length > 0].bincount(minlength=BINS) / (events.length > 0).sum()
+        assert (shares - 1 / BINS).abs().max() < 0.01
+        _, hidden = hide(signal, events, 2)
+        _, terms = masked_loss(torch.zeros(*bins.shape, BINS), bins, hidden, chain)
+        floors.append(float(terms["floor"]))
+    assert floors == [pytest.approx(3, abs=0.1), pytest.approx(math.log2(8 / 6.125), abs=0.1)]
+
+
+@pytest.mark.parametrize("levels", ["of k-mers", "random"])
+def test_it_learns_kmers_and_nothing_else(levels, tmp_path, monkeypatch):
+    """The same pore, dwell times and noise; only where bases set the level is there more to learn than the floor.
+
+    The k-mers are those of two bases, 64 of them, since few steps teach those: 2.20 bits gained, floor 1.60. Random
+    levels: -0.02 and 0.17. With four bases 400 such steps gained 0.94, floor 0.82; random levels 0.00, floor 0.20.
+    """
+    kmer_levels, rng = simulate.kmer_levels, np.random.default_rng(0)
+    changed = {"of k-mers": lambda bases: kmer_levels(bases % 2), "random": lambda bases: rng.normal(size=len(bases))}
+    monkeypatch.setattr(simulate, "kmer_levels", changed[levels])
+    simulate.write_simulated(tmp_path / "reads.hdf5", 20, mean_bases=3000, seed=3, easy=True)
+    small = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 32, "lr": 4e-3, "warmup_steps": 20}
+    masked.main(masked.Args(data=(tmp_path / "reads.hdf5",), run_dir=tmp_path / "run", max_steps=110, **small))
+    gained, floor = (read_metrics(tmp_path / "run")[-1][f"validation/{name}"] for name in ("gained", "floor"))
+    assert gained > floor + 0.2 if levels == "of k-mers" else gained < floor + 0.05

@@ -43,8 +43,10 @@ def test_imports_run_one_way():
 
 
 def test_a_method_imports_no_script_and_no_reader_of_files():
+    allowed = COMMON - {"common.ctc", "common.tracking"}
     for method in ("barlow", "byol", "cpc", "dino", "moco", "simclr", "simsiam"):
-        assert imports_of(method) <= COMMON - {"common.ctc", "common.tracking"}, method
+        assert imports_of(method) <= allowed, method
+    assert imports_of("masked") <= allowed | {"common.reads.pictures"}  # which draws, and reads none
 
 
 def test_the_pore_model_knows_neither_run_nor_data():

@@ -35,19 +35,27 @@ def arguments(name, data, folder, **changes):
     return importlib.import_module(name).Args(data=(data,), run_dir=folder, **args)
 
 
+def each_tensor(change, given):
+    """What was given, with the change made to each tensor, in tuples as well."""
+    if isinstance(given, tuple):
+        parts = [each_tensor(change, x) for x in given]
+        return given._make(parts) if hasattr(given, "_make") else tuple(parts)
+    return change(given) if torch.is_tensor(given) else given
+
+
 class WholeBatch:
     """A function of random changes that draws, of the whole batch, what one process would: each has its part."""
 
     def __init__(self, change):
         self.change, self.calls = change, 0
 
-    def __call__(self, signal, lengths, *options):
+    def __call__(self, *given):
         self.calls += 1
-        signal, lengths = all_gather(signal, lengths)
+        given = each_tensor(lambda x: all_gather(x)[0], given)
         with torch.random.fork_rng():
             torch.manual_seed(self.calls)
-            signal, lengths = self.change(signal, lengths, *options)
-        return signal[part_of(len(signal))], lengths[part_of(len(lengths))]
+            changed = self.change(*given)
+        return each_tensor(lambda x: x[part_of(len(x))], changed)
 
 
 def compare(data, out, dtype):
@@ -61,7 +69,7 @@ def compare(data, out, dtype):
     PoreModel.from_state_dict = lambda state, dropout=0.0: of_state(state, 0.0)
     for name in SCRIPTS:
         script, seen = importlib.import_module(name), {"losses": [], "gradients": []}
-        for change in ("noise", "drop_points", "gain_offset"):
+        for change in ("noise", "drop_points", "gain_offset", "hide"):
             if hasattr(script, change):
                 setattr(script, change, WholeBatch(getattr(script, change)))
         if dtype == "float64" and name == "finetune_basecaller":  # whose decoder takes float32 alone
@@ -101,7 +109,8 @@ def resume(data, out):
         when, cut = random.Random(name).randrange(1, 4), Chunks.batch
 
         def batch(chunks, seed, step, size):
-            if step + 1 == when and rank() == world_size() - 1:
+            training = callable(signal.getsignal(signal.SIGTERM))  # masked.py counts levels before
+            if training and step + 1 == when and rank() == world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return cut(chunks, seed, step, size)
 

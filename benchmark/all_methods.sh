@@ -16,7 +16,7 @@ finetune() {  # name arguments...
 }
 
 finetune scratch
-for method in cpc simclr moco simsiam byol dino barlow; do
+for method in cpc simclr moco simsiam byol dino barlow masked; do
     pretrain $method $method
     finetune $method --weights "$run/pretrained/$method/pore_model.pt"
 done

@@ -60,6 +60,7 @@ METHODS = {
     "byol": f"byol.py {PRETRAIN} --momentum 0.99 --cosine",
     "dino": f"dino.py {PRETRAIN} --momentum 0.99 --student-temperature 0.5 --teacher-temperature 0.3 --cosine",
     "barlow": f"barlow.py {PRETRAIN} --cosine",
+    "masked": f"masked.py {PRETRAIN} --cosine",
 }
 SIMULATED = "finetune_basecaller.py --data {simulated} --size {size} --seed {seed} --steps {long} --lr {simulated_lr}"
 FINETUNE = (
@@ -160,7 +161,7 @@ def plan(args):
         row |= {"split": "tune" if args.tune else "validation", "finetuning_steps": steps}
         row |= {"validation_reads": validation.number_of_reads, "validation_chunks": len(validation)}
         # at 1e-3 SimSiam's effective rank falls to 6 to 13 of 63; after labels 1e-4 was the first value tried
-        pretraining_lr = 1e-4 if arm == "simsiam" or "+" in arm else 1e-3
+        pretraining_lr = 1e-4 if "+" in arm else {"simsiam": 1e-4, "masked": 2e-3}.get(arm, 1e-3)
         values = fixed | row | {"batch": batch, "quarter_lr": lr / 4, "pretraining_lr": pretraining_lr}
         *before, last = commands = [command.format(**values) + " --tune" * args.tune for command in ARMS[arm]]
         yield row | {"pretrain_command": " && ".join(before), "finetune_command": last}, commands

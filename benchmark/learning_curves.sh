@@ -22,3 +22,4 @@ pretrain simsiam --lr 1e-4
 pretrain byol --momentum 0.99
 pretrain dino --momentum 0.99 --student-temperature 0.5 --teacher-temperature 0.3
 pretrain cpc
+pretrain masked --lr 2e-3

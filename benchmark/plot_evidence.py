@@ -26,11 +26,13 @@ from common import InputError
 
 NAMES = {"scratch": "from scratch", "scratch-long": "from scratch, longer", "simulated": "simulated reads, labelled"}
 NAMES |= {"cpc": "CPC", "simclr": "SimCLR", "moco": "MoCo", "simsiam": "SimSiam", "byol": "BYOL", "dino": "DINO"}
-NAMES |= {"barlow": "Barlow Twins", "simulated-new-head": "simulated, new head"}
+NAMES |= {"barlow": "Barlow Twins", "masked": "masked events", "simulated-new-head": "simulated, new head"}
 NAMES |= {f"simulated+{method}": f"simulated, then {NAMES[method]}" for method in METHODS}
 THESIS = {"cpc": 0.0, "moco": 0.1, "simsiam": 0.1, "dino": 0.1, "barlow": 0.3}  # points gained in 2021, with all labels
 LOOKS = {"scratch": (COLOURS[6], "-", "s"), "scratch-long": (COLOURS[6], "--", "s"), "simulated": ("grey", ":", "s")}
-LOOKS |= {method: (colour, "-", "o") for method, colour in zip(METHODS, [*COLOURS[:6], "#8C6D31"], strict=True)}
+LOOKS |= {
+    method: (colour, "-", "o") for method, colour in zip(METHODS, [*COLOURS[:6], "#8C6D31", "#6F4FA8"], strict=True)
+}
 LOOKS |= {f"simulated+{method}": (LOOKS[method][0], ":", "^") for method in METHODS}
 # what commands of fine-tuning may differ in; all else has to be equal
 DIFFERS = r" --(label-fraction|seed|weights|steps|lr|pore-model-lr|batch-size) \S+| --new-head"

@@ -13,15 +13,16 @@ peak_memory     MB: of the tensors on a GPU, of the process on a CPU
 bound           seconds of the pore model's passes alone: PlainPoreModel, forward and backward, on as many chunks, all
                 as long as the views of this step on average. No padding, masks, views, head, loss or optimizer
 bound_ratio     step / bound, the median of steps that have their bound timed right after them
-padded          seconds of the step if the pore model is given no lengths, and so computes all columns; not for cpc,
-padded_ratio    which shortens nothing; step / padded, as above
+padded          seconds of the step if the pore model is given no lengths, and so computes all columns; not for cpc
+padded_ratio    and masked, which shorten nothing; step / padded, as above
 flops           model FLOPs of a step
 utilisation     flops / step, as a share of what a large matrix product reaches here in the same precision
 
 Model FLOPs are two for each multiplication of a matrix product; a backward pass counts as two forward passes. A
 forward pass of a chunk with T valid frames, C channels, F features of the feed-forward and R of the embedding:
 2 K I O a position that a convolution of kernel K, from I to O channels, makes; 2 T (4 C^2 + 2 C F) + 4 T^2 C a layer;
-14 T C^2 / 8 + 2 R (C / 8 frames / 4 + R) the projector; 4 R^2 a predictor; 2 P C (C + N) CPC's predictions and scores.
+14 T C^2 / 8 + 2 R (C / 8 frames / 4 + R) the projector; 4 R^2 a predictor; 2 P C (C + N) CPC's predictions and scores;
+2 T C (C + 64) the head of masked events.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ from common.pore_model import ENCODERS, HEAD_WIDTH, SIZES, PoreModel, frames_of
 
 # passes of the pore model in a step: forward and backward, forward without gradient
 PASSES = {"simclr": (2, 0), "moco": (1, 1), "simsiam": (2, 0), "byol": (2, 2), "dino": (2, 2), "barlow": (2, 0)}
-PASSES |= {"cpc": (1, 0)}
+PASSES |= {"cpc": (1, 0), "masked": (1, 0)}
 BEFORE = 2  # steps that are not timed
 
 
@@ -144,6 +145,8 @@ def step_flops(method, args, samples, frames):
     flops = pore_model_flops(args.size, samples, frames)
     if method == "cpc":
         return 3 * args.batch_size * (flops + 2 * args.future_steps * channels * (channels + args.batch_size))
+    if method == "masked":
+        return 3 * args.batch_size * (flops + 2 * frames * channels * (channels + 64))
     width, r = channels // 8, args.embedding_dim
     flops += 14 * frames * channels * width + 2 * r * (width * (frames_of(args.chunk_len) // 4) + r)
     predictor = 4 * r**2 if method in ("simsiam", "byol") else 0
@@ -186,7 +189,7 @@ class Clock:
                 result = function(*args, **settings)
             if isinstance(result, int):  # cpc's present frame
                 self.present = result
-            elif part == "views":
+            elif part == "views" and result[1].dim() == 1:  # lengths; those of events are of no views
                 self.lengths.append(result[1])
             return result
 
@@ -219,7 +222,7 @@ def measure(method, args, steps, padding=True):
     if args.compile:
         for model in (plain, average):
             (model.encoder if method == "cpc" else model).compile()  # as the scripts do
-    padding = padding and method != "cpc" and not args.compile
+    padding = padding and method not in ("cpc", "masked") and not args.compile
     whole_forward, clock, taken = PoreModel.forward, Clock(device), []
 
     def bound(signal, frames):
@@ -260,7 +263,8 @@ def measure(method, args, steps, padding=True):
         raise Done
 
     parts = [(Chunks, "batch", "data"), (Batch, "to", "data"), (script, "view", "views")]
-    parts += [(script, "random_present", "views"), (script, f"{method}_loss", "loss")]
+    parts += [(script, name, "views") for name in ("random_present", "gain_offset", "find_events", "hide")]
+    parts += [(script, f"{method}_loss", "loss")]
     parts += [(torch.Tensor, "backward", "backward"), (torch.optim.Adam, "zero_grad", "optimizer")]
     parts += [(torch.optim.Adam, "step", "optimizer"), (script, "update_average", "optimizer")]
     instead = {(at, name): clock.timed(part, getattr(at, name)) for at, name, part in parts if hasattr(at, name)}
@@ -270,6 +274,7 @@ def measure(method, args, steps, padding=True):
     instead[script, "LOG_EVERY"] = args.checkpoint_every
     row = {"method": method} | {name: getattr(args, name) for name in ("size", "batch_size", "chunk_len", "compile")}
     row["device"] = torch.cuda.get_device_name() if clock.on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    clock.start()  # for what is done before the first step
     try:
         with contextlib.ExitStack() as patches, contextlib.redirect_stdout(None):
             for (owner, name), other in instead.items():

@@ -278,7 +278,7 @@ def test_arguments_that_cannot_be_meant(refused, simulated, name, words, message
     assert refused(name, *settings, simulated, *words.split()).startswith(message)
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "basecall", "byol", "simclr", "simsiam"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "basecall", "byol", "masked", "simclr", "simsiam"])
 def test_no_number_may_be_anything(name, monkeypatch):
     """Each argument that is a number, or two, has a constraint beside it, by which none may be negative or nan."""
     args = importlib.import_module(name).Args

@@ -140,13 +140,16 @@ def test_rows_are_added_side_by_side_to_those_there(args):
 
 def test_all_commands_have_options_of_the_scripts(args):
     lines = {command for _, commands in plan(args(methods=tuple(ARMS))) for command in commands}
-    assert len(lines) == 21  # 5 of fine-tuning, 1 of simulated labels, 7 of methods, 8 after those
+    assert len(lines) == 23  # 5 of fine-tuning, 1 of simulated labels, 8 of methods, 9 after those
     for script, *words in map(shlex.split, lines):
         assert tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=words).data
 
 
 def test_the_rows_of_the_repository_count(tmp_path, monkeypatch):
-    """The commands of all arms, to the letter: here are the counts of the reads that they were made with."""
+    """The commands of all arms, to the letter: here are the counts of the reads that they were made with.
+
+    But for masked events, which are younger.
+    """
 
     def counts(stores, chunk_len, split, labelled=False, share=None, fraction=1.0, seed=0):
         chunks = MagicMock(number_of_reads=12, steps_per_epoch=lambda batch_size: 266)
@@ -161,7 +164,7 @@ def test_the_rows_of_the_repository_count(tmp_path, monkeypatch):
     raw, labelled = (data / "unlabelled_r94.pod5", data / "na12878_r941.pod5"), (data / "ecoli_r94_mapped.hdf5",)
     grids = {90: {}, 15: {"tune": True, "seeds": (0,)}, 108: {"fractions": (0.01, 0.1), "methods": tuple(ARMS)}}
     for jobs, settings in grids.items():
-        rows = [row for row, _ in plan(Args(raw, labelled, **settings))]
+        rows = [row for row, _ in plan(Args(raw, labelled, **settings)) if "masked" not in row["arm"]]
         assert len(rows) == jobs and all(key(row) in read_rows("real") for row in rows)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +37,7 @@ def test_each_method_has_a_row_whose_parts_add_up_to_the_step(capsys):
     rows = rows_of(capsys, chunk_len=400)
     assert [row["method"] for row in rows] == list(speed.PASSES)
     for row in rows:
-        padded = set() if row["method"] == "cpc" else {"padded", "padded_ratio"}
+        padded = set() if row["method"] in ("cpc", "masked") else {"padded", "padded_ratio"}
         assert row.keys() == KEYS | padded
         assert row["parts"].keys() == PARTS
         assert sum(row["parts"].values()) == pytest.approx(row["step"], rel=0.01)
@@ -117,6 +118,15 @@ def test_flops_of_the_projector():
         projector(torch.randn(2, 100, 128), torch.tensor([100, 100]))
     passes = speed.step_flops("barlow", args, 800, 100) - 12 * speed.pore_model_flops("tiny", 800, 100)
     assert passes == 6 * counter.get_total_flops()
+
+
+def test_flops_of_the_head_of_masked_events():
+    head = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 2 * 32))
+    args = speed.importlib.import_module("masked").Args(size="tiny", chunk_len=800, batch_size=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head(torch.randn(2, 100, 128))
+    passes = speed.step_flops("masked", args, 800, 100) - 6 * speed.pore_model_flops("tiny", 800, 100)
+    assert passes == 3 * counter.get_total_flops()
 
 
 def test_each_part_of_the_data_path_has_a_row(shared_data, tmp_path, capsys, monkeypatch):

@@ -1,11 +1,13 @@
-"""The picture of a read: current, cells and borders at their samples."""
+"""Pictures of reads: current, cells, borders and hidden events at their samples."""
 
 import sys
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex
 
 from benchmark import draw_read as script
@@ -13,7 +15,8 @@ from common import InputError
 from common.args import parse_args
 from common.reads.formats import raw_reads
 from common.reads.normalise import normalised
-from common.reads.pictures import COLOURS, LINE, draw_read
+from common.reads.pictures import COLOURS, LINE, draw_events, draw_read
+from masked import BINS, find_events
 from tests.forks import script as script_in_a_process
 
 RNG = np.random.default_rng(0)
@@ -116,6 +119,31 @@ def test_borders_are_drawn_once_where_they_are():
     assert borders(figure) == [1000, 1400, 1990, 2199]
     assert [len(axis.texts) for axis in figure.axes] == [1, 1, 2]
     assert {text.get_text() for axis in figure.axes for text in axis.texts} == {"chunk border"}
+
+
+def test_hidden_events_have_their_prediction_as_shades_and_their_level_as_a_line():
+    level = np.resize([-1.0, 0.5, 1.5, 0.0], 120)
+    signal = torch.tensor(np.repeat(level, 10)[None] + 0.05 * RNG.normal(size=(1, 1200)), dtype=torch.float32)
+    events, edges = find_events(signal), torch.linspace(-2, 2, BINS - 1)
+    hidden = torch.zeros_like(events.level, dtype=torch.bool)
+    hidden[0, [3, 60, 110]] = True  # the last is not shown
+    logits = torch.full((*hidden.shape, BINS), -9.0)
+    logits[0, 3, 20] = 9  # sure of a level of 0.53 to 0.67
+    figure = draw_events(signal, events, hidden, logits, edges)
+    assert [axis.get_xlim() for axis in figure.axes] == [(-0.5, 499.5), (499.5, 999.5)]
+    for axis, event in zip(figure.axes, (3, 60), strict=True):
+        (column,) = (c for c in axis.collections if isinstance(c, QuadMesh))
+        x, y = column.get_coordinates()[..., 0], column.get_coordinates()[..., 1]
+        first, samples = int(events.start[0, event]), int(events.length[0, event])
+        assert (x.min(), x.max()) == (first - 0.5, first + samples - 0.5)
+        np.testing.assert_allclose(y[1:-1, 0], edges, rtol=1e-6)
+        (line,) = (c for c in axis.collections if isinstance(c, LineCollection) and c.get_linewidth() == [2])
+        np.testing.assert_allclose(line.get_segments()[0][:, 1], events.level[0, event], rtol=1e-6)
+        seen = axis.lines[1].get_ydata()  # the current that the model had
+        assert set(range(first, first + samples)) <= set(np.flatnonzero(np.isnan(seen)))
+        assert np.isnan(seen).sum() == (events.length * hidden)[0, :100].sum()
+    (sure, _) = (c.get_array() for axis in figure.axes for c in axis.collections if isinstance(c, QuadMesh))
+    assert sure.argmax() == 20 and sure.max() == 1 and np.delete(sure, 20).max() < 1e-3
 
 
 @pytest.fixture

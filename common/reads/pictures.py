@@ -9,6 +9,7 @@ LINE = 500  # samples a line, at most
 POINTS = 600  # between the axes' sides, nearly: to tell how large a letter fits a cell
 COLOURS = {"A": "#7CCB76", "C": "#7EB1EA", "G": "#F7C453", "T": "#F0847D"}  # the usual ones, pale behind the letters
 INK, PALE = "#222222", "#BBBBBB"
+LEVEL = {"color": "#D62728", "lw": 2}  # of a hidden event
 
 
 def draw_read(current, first, rows, borders=()):
@@ -67,28 +68,35 @@ def _draw_band(axis, bases, starts, span, bottom, height, points):
             axis.vlines(start, bottom + height, bottom + 1.3 * height, color=COLOURS[letter], lw=1.5)
 
 
-def draw_events(signal, events, hidden, logits, edges, samples=400):
+def draw_events(signal, events, hidden, logits, edges, samples=1000):
     """The figure of the last chunk's first samples: its current and events, and what was predicted of the hidden ones.
 
     Of N chunks, what masked.py's forward() returns: signal (N, L), events, hidden (N, S), logits (N, S, B) of the bins
-    of level, between edges (B - 1,). A hidden event has its distribution as a column of shades, its level as a line.
+    of level, between edges (B - 1,). A hidden event has its distribution as a column of shades, the likeliest level the
+    darkest; its level is a red line, its current pale, since the model had noise there.
     """
-    start, length, level, hidden = (x[-1].cpu().numpy() for x in (events.start, events.length, events.level, hidden))
+    of_sample, start, length, level, hidden = (x[-1].cpu().numpy() for x in (*events, hidden))
     current, edges = signal[-1, :samples].cpu().numpy(), edges.cpu().numpy()
-    probabilities = logits[-1].float().softmax(1).cpu().numpy()
-    heights = np.array([min(current.min(), edges[0]) - 0.2, *edges, max(current.max(), edges[-1]) + 0.2])
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(current, ".-", color=INK, lw=0.7, markersize=2)
-    for event in np.flatnonzero((length > 0) & (start + length <= samples)):
-        left, right = start[event] - 0.5, start[event] + length[event] - 0.5
-        axes.axvline(right, color=PALE, lw=0.5, zorder=0)
-        if hidden[event]:
-            density = probabilities[event] / np.diff(heights)
-            shades = (density / density.max())[:, None]
-            axes.pcolormesh([left, right], heights, shades, cmap="Blues", vmin=0, vmax=1, zorder=0)
-            axes.hlines(level[event], left, right, color=COLOURS["T"], lw=2)
-    axes.set(xlim=(0, len(current) - 1), ylim=heights[[0, -1]])
-    axes.set(xlabel="sample of the chunk", ylabel="current (med-mad units)")
-    axes.set_title("hidden events: predicted distribution of the level (blue), and the level there was (red)", size=9)
+    low, high = min(current.min(), edges[0]) - 0.2, max(current.max(), edges[-1]) + 0.2
+    heights = np.array([low, *edges, high])
+    density = logits[-1].float().softmax(1).cpu().numpy() / np.diff(heights).clip(1e-6)
+    unseen = hidden[of_sample[: len(current)]]
+    lines = -(-len(current) // LINE)
+    width = -(-len(current) // lines)
+    figure = Figure(figsize=(10, 0.6 + 2.1 * lines), layout="constrained")
+    axes = figure.subplots(lines, squeeze=False)[:, 0]
+    for axis, first in zip(axes, range(0, len(current), width), strict=True):
+        for colour, shown in ((PALE, current), (INK, np.where(unseen, np.nan, current))):
+            axis.plot(shown, ".-", color=colour, lw=0.7, markersize=2)
+        for event in np.flatnonzero((length > 0) & (start < first + width) & (start + length > first)):
+            left, right = start[event] - 0.5, start[event] + length[event] - 0.5
+            axis.axvline(right, color=PALE, lw=0.5, zorder=0)
+            if hidden[event]:
+                shades = (density[event] / density[event].max())[:, None]
+                axis.pcolormesh([left, right], heights, shades, cmap="Blues", vmin=0, vmax=1, zorder=0)
+            axis.hlines(level[event], left, right, **LEVEL if hidden[event] else {"color": INK, "lw": 0.7})
+        axis.set(xlim=(first - 0.5, first + width - 0.5), ylim=(low, high))
+    axes[-1].set_xlabel("sample of the chunk")
+    figure.supylabel("current (med-mad units)", fontsize=10)
+    figure.suptitle("hidden events: the level predicted (shades) and the level there was (red)", fontsize=10)
     return figure

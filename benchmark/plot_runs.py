@@ -27,6 +27,7 @@ PANELS = {  # of the two kinds of run, in the order drawn; a panel that no run h
         "effective_rank": "effective rank (directions filled)",
         "top1": "top1: positive found (%)",
         "accuracy": "accuracy: future frame found (%)",
+        "gained": "bits gained (dashed: the floor)",
     },
     "fine-tuning": {
         "loss": "training loss (CTC, nats a base)",
@@ -91,6 +92,9 @@ def plot(runs, out):
                     continue
                 unit = firsts[label] if loss_share else 0.01 if key in SHARES else 1
                 values = [value / unit for value in values]
+                if key == "gained":
+                    steps_of_floor, floor = curve(metrics, "floor")
+                    axis.plot(steps_of_floor, smoothed(floor), "--", color=colour, alpha=0.6, linewidth=1)
                 if key.startswith("validation/"):
                     axis.plot(steps, values, style, marker=".", markersize=4, color=colour)
                 else:

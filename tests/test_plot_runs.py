@@ -102,6 +102,13 @@ def test_both_kinds_together_keep_one_colour_a_run(tmp_path, drawn):
     assert values(top1, 1) == [50.0] * 3 and top1.get_ylim()[0] == 0
 
 
+def test_the_floor_is_beside_the_bits_gained(tmp_path, drawn):
+    axes, _ = drawn({"masked": pretraining(tmp_path / "run", gained=0.5, floor=0.25)})
+    (gained,) = (axis for (_, name), axis in axes.items() if "gained" in name)
+    floor = next(line for line in gained.lines if line.get_linestyle() == "--")
+    assert len(axes) == 5 and list(floor.get_ydata()) == [0.25] * 3 and list(gained.lines[-1].get_ydata()) == [0.5] * 3
+
+
 @pytest.mark.parametrize(("unit", "first"), [(2, [18.0, 10.0, 6.5]), (1000, [1.0, 5 / 9, 3.25 / 9])])
 def test_losses_in_other_units_are_drawn_as_shares(tmp_path, drawn, unit, first):
     axes, _ = drawn({"a": pretraining(tmp_path / "a"), "b": pretraining(tmp_path / "b", unit)})

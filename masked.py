@@ -8,16 +8,17 @@ a model has to learn k-mers. No second view, no negatives, nothing to collapse. 
 
     t_i = |mean(x_i .. x_{i+3}) - mean(x_{i-4} .. x_{i-1})| / sqrt(2 v_i / 4)     v_i: pooled variance, 0.01 at least
     border before sample i: t_i > 2.7, and the largest of the five around it
-    loss = -mean over hidden events of sum_b q_b log p_b(frame at its middle)     q: its bin of 32, smeared by 0.7 bins
+    loss = -mean over hidden events of sum_b q_b log p_b(half-frame at its middle)   q: its bin of 32, smeared by 0.7
 
-Bins have equal mass: to know nothing costs 5 bits; `gained` is what the model has learned of them. `floor` is what the
-levels of both neighbours tell, p(b | left, right) ~ p(b | left) p(right | b), counted on training reads. Only what
-exceeds it can be knowledge of bases.
+Bins have equal mass, so to know nothing costs 5 bits; `gained` is how many of them the model knows. `floor` is how many
+the levels of both neighbours tell, p(b | left, right) ~ p(b | left) p(right | b), counted on training reads. Up to
+there, no knowledge of bases is needed.
 
 Departures from the relatives
 1. Whole events are hidden, and one sample more on each side. Spans of a fixed length would be wrong here: they begin
    and end within events, and that the level goes on is then most of what there is to learn.
 2. Hidden events stand alone, with `gap` others at least between two, and become white noise.
+3. The target is the level itself, in bins: no clusters, no codebook, no decoder.
 
     python masked.py --data reads/ --size tiny --chunk-len 1200 --warmup-steps 50 --cosine
 """
@@ -51,7 +52,7 @@ class Args:
     gap: PositiveInt = 2
     """events left as they are on each side of a hidden one; with fewer, more are hidden and the task is harder"""
     batch_size: BatchSize = 64
-    """chunks per step; a chunk of 1200 samples has some 25 hidden events"""
+    """chunks per step; a chunk of 1200 samples has some 20 hidden events"""
     lr: PositiveFloat = 2e-3
     """learning rate; tried with the tiny model alone"""
     dropout: Probability = 0.0

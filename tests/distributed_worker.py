@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which the first optimizer would import, in each process
 
-from common.chunks import Chunks
+from common.chunks import Batch, Chunks
 from common.device import all_gather, part_of, pick_device, rank, world_size
 from common.pore_model import FeatureEncoder, PoreModel
 from common.run import Run
@@ -70,8 +70,11 @@ def compare(data, out, dtype):
     for name in SCRIPTS:
         script, seen = importlib.import_module(name), {"losses": [], "gradients": []}
         for change in ("noise", "drop_points", "gain_offset", "hide"):
-            if hasattr(script, change):
+            if hasattr(script, change) and name != "finetune_basecaller":
                 setattr(script, change, WholeBatch(getattr(script, change)))
+        if name == "finetune_basecaller":  # which draws more in augment()
+            whole = WholeBatch(lambda *batch, augment=script.augment: augment(Batch(*batch[:2]), batch[2]))
+            script.augment = lambda batch, args, whole=whole: whole(batch.signal, batch.lengths, args)
         if dtype == "float64" and name == "finetune_basecaller":  # whose decoder takes float32 alone
             script.best_path = lambda log_probs, decode=script.best_path: decode(log_probs.to(torch.float32))
         script.seed_step = lambda seed, step: torch.manual_seed(step)

@@ -70,7 +70,10 @@ def both(exercise, tmp_path, monkeypatch):
     for name, script in ((original, importlib.import_module(original)), (copy, module)):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *dict(commands(exercise))[name]])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which parse_args changes
-        found.append((script, script.parse_args(script.Args)))
+        try:
+            found.append((script, script.parse_args(script.Args)))
+        except SystemExit:
+            pytest.fail(f"not a command: {' '.join(sys.argv)}")
     return found
 
 

@@ -44,9 +44,10 @@ def test_the_table_has_a_row_a_file_and_one_of_random_weights(few, tmp_path, cap
     args = probe.Args((tmp_path / "a.pt", tmp_path / "b.pt"), (few,), few=4, many=12, chunk_len=400)
     probe.main(args)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0].rsplit("/")[-1] for row in rows] == ["| random weights, 128 channels", "a.pt", "b.pt"]
+    random = ["| random weights, 128 channels", "| random weights, the encoder alone"]
+    assert [row[0].rsplit("/")[-1] for row in rows] == [*random, "a.pt", "b.pt"]
     shares = [float(share) for row in rows for cell in row[1:] for share in cell.strip(" |").split(" / ")]
-    assert len(shares) == 18 and np.all(np.array(shares) > 15) and np.all(np.array(shares) < 90)
+    assert len(shares) == 24 and np.all(np.array(shares) > 15) and np.all(np.array(shares) < 90)
 
 
 def test_a_file_without_a_pore_model_is_named(few, tmp_path):

@@ -113,6 +113,9 @@ def main(args):
             sizes.add(shape)
             torch.manual_seed(0)
             random = PoreModel(*shape[:3], dropout=0.0, encoder=shape[3])
+            with torch.no_grad():
+                for part in training[0].split(16):
+                    random(part)  # in training mode: BatchNorm's statistics become those of the reads
             print_row(f"random weights, {shape[0]} channels", probe(random, args, training, test))
             random.layers = torch.nn.ModuleList()
             print_row("random weights, the encoder alone", probe(random, args, training, test))

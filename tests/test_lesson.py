@@ -132,4 +132,4 @@ def test_the_changed_probe_runs_and_changes_the_table(both, few, tmp_path, capsy
         vars(args).update(weights=(weights,), data=(few,), few=4, many=8, chunk_len=400)
         assert not script.main(args)
         tables.append(re.findall(r"^\| .*", capsys.readouterr().out, re.M))
-    assert len(tables[0]) == len(tables[1]) == 3 and tables[0][2] != tables[1][2]
+    assert len(tables[0]) == len(tables[1]) == 4 and tables[0][3] != tables[1][3]

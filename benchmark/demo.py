@@ -7,12 +7,13 @@ The pore is simulate.py's easy one: 6 to 12 samples per base, a third of the noi
 pretraining brings to real reads: docs/results.md.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+
+import tyro
 
 from benchmark.plot_runs import plot, table
 
@@ -23,7 +24,8 @@ def run(title, command):
     subprocess.run([sys.executable, *shlex.split(command)], check=True)
 
 
-def main(seed):
+def main(seed: int = 0):
+    """seed: of the reads, the weights and the choice of the labelled read."""
     folder = Path("runs") / f"demo__{seed}__{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
     reads = folder / "reads.hdf5"
@@ -55,9 +57,7 @@ def main(seed):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the reads, the weights and the choice of labels")
     try:
-        main(parser.parse_args().seed)
+        tyro.cli(main)
     except subprocess.CalledProcessError as error:
         sys.exit(f"demo: {' '.join(error.cmd[1:])} failed; its message is above")

@@ -11,7 +11,6 @@ what a random encoder keeps: the encoder's frames alone are the better baseline,
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -39,8 +38,6 @@ class Args:
     """labelled chunks; as many are tested on, if there are so many"""
     chunk_len: ChunkLength = 1200
     """samples per chunk"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """where to run"""
 
 
 def bases_of_frames(chunks, read, start):
@@ -68,8 +65,7 @@ def examples(chunks, count):
 def features_of(pore_model, signal):
     """Context (N, T, C) of whole frames, in float64."""
     frames = signal.shape[1] // HOP
-    device = next(pore_model.parameters()).device
-    return torch.cat([pore_model(part.to(device))[0][:, :frames].cpu() for part in signal.split(64)]).double()
+    return torch.cat([pore_model(part)[0][:, :frames] for part in signal.split(64)]).double()
 
 
 def accuracies(features, bases, test_features, test_bases):
@@ -89,7 +85,7 @@ def accuracies(features, bases, test_features, test_bases):
 def probe(pore_model, args, training, test):
     """A row of the table: accuracies of few and of many labelled chunks."""
     (signal, bases), (test_signal, test_bases) = training, test
-    pore_model = pore_model.to(args.device).eval()
+    pore_model.eval()
     features, test_features = features_of(pore_model, signal), features_of(pore_model, test_signal)
     few = accuracies(features[: args.few], bases[: args.few], test_features, test_bases)
     return [few, accuracies(features, bases, test_features, test_bases)]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from filelock import Timeout
 
-from benchmark.evidence import RUNS, append_row, do, folder_of, key, read_rows
+from benchmark.evidence import CHUNK, RUNS, append_row, do, folder_of, key, read_rows
 from common import InputError
 from common.args import parse_args
 from common.chunks import Chunks, open_data
@@ -35,12 +35,10 @@ class Args:
     """of this collection of results"""
     seeds: tuple[int, ...] = (0,)
     """of each command"""
-    chunk_len: int = 1200
-    """samples per chunk of the tests"""
 
 
 @torch.no_grad()
-def mean_identity(weights, data, chunk_len):
+def mean_identity(weights, data, chunk_len=CHUNK):
     """Mean identity in percent of all chunks of the labelled reads `data`, by the basecaller.pt `weights`."""
     model, stores, identities = Basecaller.from_state_dict(load_tensors(weights)).eval(), open_data((data,)), []
     for split in ("training", "validation"):
@@ -61,7 +59,7 @@ def main(args):
             results = do(commands)
             for test in args.tests:
                 weights = folder_of(commands) / "basecaller_last.pt"
-                row[f"identity_{test.stem}"] = round(mean_identity(weights, test, args.chunk_len), 3)
+                row[f"identity_{test.stem}"] = round(mean_identity(weights, test), 3)
             append_row(row | results)
             print(" ".join(f"{name} {value}" for name, value in row.items() if name[:8] == "identity"), flush=True)
         except Timeout:

@@ -241,11 +241,11 @@ def test_what_is_saved_is_the_average_of_the_weights(few, tmp_path, monkeypatch)
 
 def test_events_are_hidden_in_a_share_of_the_chunks(few):
     batch = Chunks(open_data([few]), 400, "training", labelled=True).batch(0, 0, 40)
-    for chance, share in ((0.0, 0), (0.4, 0.4), (1.0, 1)):
+    for chance in (0.0, 0.4, 1.0):
         torch.manual_seed(0)
         args = Args(mask_chance=chance, gain_jitter=0, offset_jitter=0)
         changed = finetune_basecaller.augment(batch, args) != batch.signal
-        assert changed.any(1).float().mean() == pytest.approx(share, abs=0.2)
+        assert changed.any(1).float().mean() == pytest.approx(chance, abs=0.2 * (0 < chance < 1))
         assert changed[changed.any(1)].float().mean() == pytest.approx(0.25, abs=0.1) or chance == 0
 
 

@@ -81,7 +81,7 @@ def test_a_row_has_the_commands_and_the_identity_of_each_test(few, tmp_path, mon
     monkeypatch.setattr(unseen, "do", lambda commands: ran.append(commands) or {"loss": 1.0})
     monkeypatch.setattr(unseen, "append_row", rows.append)
     monkeypatch.setattr(unseen, "read_rows", lambda name: {unseen.key(row): row for row in rows})
-    monkeypatch.setattr(unseen, "mean_identity", lambda weights, data, chunk_len: 70.0)
+    monkeypatch.setattr(unseen, "mean_identity", lambda weights, data: 70.0)
     args = unseen.Args(("masked.py --a", "finetune_basecaller.py --b"), (few,), "try", (0, 1))
     assert unseen.main(args) == 0 and unseen.main(args) == 0
     assert ran == [[f"masked.py --a --seed {seed}", f"finetune_basecaller.py --b --seed {seed}"] for seed in (0, 1)]

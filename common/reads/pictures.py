@@ -71,9 +71,9 @@ def _draw_band(axis, bases, starts, span, bottom, height, points):
 def draw_events(signal, events, hidden, logits, edges, samples=1000):
     """The figure of the last chunk's first samples: its current and events, and what was predicted of the hidden ones.
 
-    Of N chunks, what masked.py's forward() returns: signal (N, L), events, hidden (N, S), logits (N, S, B) of the bins
-    of level, between edges (B - 1,). A hidden event has its distribution as a column of shades, the likeliest level the
-    darkest; its level is a red line, its current pale, since the model had noise there.
+    Of N chunks: signal (N, L); events, what masked.find_events() gives; which are hidden (N, S); logits (N, S, B) of
+    the bins of level, between edges (B - 1,). A hidden event has its distribution as a column of shades, the likeliest
+    level the darkest; its level is a red line, its current pale, since the model had noise there.
     """
     of_sample, start, length, level, hidden = (x[-1].cpu().numpy() for x in (*events, hidden))
     current, edges = signal[-1, :samples].cpu().numpy(), edges.cpu().numpy()

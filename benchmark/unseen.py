@@ -5,8 +5,9 @@
         "finetune_basecaller.py --data labelled.hdf5 --size tiny --steps 1000 --weights pore_model.pt"
 
 Each command starts from the weights of the one before, and gets --seed. One row a seed in benchmark/results/NAME.csv:
-the commands, and for each test file the mean identity of all its chunks, by the last weights. No row is made twice, and
-no run: start it again, or twice on one machine, with commands that share their beginning.
+the commands, and for each test file the mean identity of all its chunks, by the last weights, and each read's, with its
+number of chunks. No row is made twice, and no run: start it again, or twice on one machine, with commands that share
+their beginning. `python -m benchmark.plot_unseen NAME` compares the rows.
 """
 
 import sys
@@ -38,13 +39,17 @@ class Args:
 
 
 @torch.no_grad()
-def mean_identity(weights, data, chunk_len=CHUNK):
-    """Mean identity in percent of all chunks of the labelled reads `data`, by the basecaller.pt `weights`."""
-    model, stores, identities = Basecaller.from_state_dict(load_tensors(weights)).eval(), open_data((data,)), []
+def identities_by_read(weights, data, chunk_len=CHUNK):
+    """{read: identities in percent of its chunks} of the labelled reads `data`, by the basecaller.pt `weights`."""
+    model, stores, found = Basecaller.from_state_dict(load_tensors(weights)).eval(), open_data((data,)), {}
     for split in ("training", "validation"):
-        for batch in Chunks(stores, chunk_len, split, labelled=True).tiles(64):
-            identities += identities_of(model(batch.signal)[0], batch.targets, batch.target_lengths)
-    return float(np.mean(identities))
+        chunks = Chunks(stores, chunk_len, split, labelled=True)
+        for batch in chunks.tiles(64):
+            with_bases = [read for read, bases in zip(batch.reads, batch.target_lengths.tolist(), strict=True) if bases]
+            identities = identities_of(model(batch.signal)[0], batch.targets, batch.target_lengths)
+            for read, percent in zip(with_bases, identities, strict=True):
+                found.setdefault(read, []).append(percent)
+    return found
 
 
 def main(args):
@@ -59,7 +64,9 @@ def main(args):
             results = do(commands)
             for test in args.tests:
                 weights = folder_of(commands) / "basecaller_last.pt"
-                row[f"identity_{test.stem}"] = round(mean_identity(weights, test), 3)
+                reads = identities_by_read(weights, test)
+                row[f"identity_{test.stem}"] = round(float(np.mean(np.concatenate([*reads.values()]))), 3)
+                row[f"reads_{test.stem}"] = " ".join(f"{np.mean(of):.2f}x{len(of)}" for of in reads.values())
             append_row(row | results)
             print(" ".join(f"{name} {value}" for name, value in row.items() if name[:8] == "identity"), flush=True)
         except Timeout:

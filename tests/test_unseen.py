@@ -1,11 +1,13 @@
 """benchmark/unseen.py and unseen_reads.py: reads cut at the middle of their genome, and the identity of all chunks."""
 
+from collections import Counter
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from benchmark import unseen, unseen_reads
+from benchmark import plot_unseen, unseen, unseen_reads
 from common import InputError
 from common.chunks import Chunks, open_data
 from common.pore_model import PoreModel
@@ -63,13 +65,22 @@ def test_the_identity_is_that_of_all_chunks_of_all_reads(few, tmp_path):
     torch.manual_seed(0)
     model = Basecaller(PoreModel.of_size("tiny", 0.0)).eval()
     torch.save(model.state_dict(), tmp_path / "basecaller.pt")
-    found = []
+    found, reads = [], Counter()
     for split in ("training", "validation"):
         chunks = Chunks(open_data([few]), 400, split, labelled=True)
+        reads.update(
+            chunks.reads["id"][read].decode() for read, start in places_of(chunks) if has_bases(chunks, read, start)
+        )
         mean = validate(model, chunks, 16, torch.device("cpu"), "fp32")["validation/identity_mean"]
-        found.append((mean, sum(chunks.bases(*place)[0].size > 0 for place in places_of(chunks))))
+        found.append((mean, sum(has_bases(chunks, *place) for place in places_of(chunks))))
     expected = sum(mean * count for mean, count in found) / sum(count for _, count in found)
-    assert unseen.mean_identity(tmp_path / "basecaller.pt", few, 400) == pytest.approx(expected)
+    by_read = unseen.identities_by_read(tmp_path / "basecaller.pt", few, 400)
+    assert np.mean(np.concatenate([*by_read.values()])) == pytest.approx(expected)
+    assert {read: len(of) for read, of in by_read.items()} == reads
+
+
+def has_bases(chunks, read, start):
+    return chunks.bases(read, start)[0].size > 0
 
 
 def places_of(chunks):
@@ -81,8 +92,49 @@ def test_a_row_has_the_commands_and_the_identity_of_each_test(few, tmp_path, mon
     monkeypatch.setattr(unseen, "do", lambda commands: ran.append(commands) or {"loss": 1.0})
     monkeypatch.setattr(unseen, "append_row", rows.append)
     monkeypatch.setattr(unseen, "read_rows", lambda name: {unseen.key(row): row for row in rows})
-    monkeypatch.setattr(unseen, "mean_identity", lambda weights, data: 70.0)
+    monkeypatch.setattr(unseen, "identities_by_read", lambda weights, data: {"a": [60.0, 70.0], "b": [80.0]})
     args = unseen.Args(("masked.py --a", "finetune_basecaller.py --b"), (few,), "try", (0, 1))
     assert unseen.main(args) == 0 and unseen.main(args) == 0
     assert ran == [[f"masked.py --a --seed {seed}", f"finetune_basecaller.py --b --seed {seed}"] for seed in (0, 1)]
     assert [(row["seed"], row["identity_store"], row["loss"]) for row in rows] == [(0, 70.0, 1.0), (1, 70.0, 1.0)]
+    assert rows[0]["reads_store"] == "65.00x2 80.00x1"
+
+
+def test_gains_are_paired_by_seed_and_their_interval_is_that_of_seeds_and_reads(tmp_path, monkeypatch):
+    """Eight gains that differ by 1 from their mean, equal for all reads: their mean deviates by 1 / sqrt(8)."""
+    rows = {}
+    for seed in range(8):
+        for arm, more in (("", 0.0), ("masked.py --data a.pod5 b.pod5 --epochs 5 --seed 1", 2 + (-1) ** seed)):
+            row = {"seed": str(seed), "pretrain_command": arm, "identity_x": str(70 + more)}
+            row["finetune_command"] = (
+                f"finetune_basecaller.py --data d/kleb.hdf5 --label-fraction 0.1 --steps 9 --seed {seed}"
+            )
+            row["reads_x"] = f"{60 + seed + more:.2f}x10 {80 + seed + more:.2f}x30"
+            rows[arm, seed] = row
+    monkeypatch.setattr(plot_unseen, "read_rows", lambda name: rows)
+    arms = plot_unseen.read_arms("some")
+    found = arms["kleb, 10 %, 9 steps"]
+    assert list(found) == ["from scratch", "masked.py --epochs 5"]
+    mean, low, high = plot_unseen.gain(found["masked.py --epochs 5"], found["from scratch"], "x")
+    assert mean == pytest.approx(2)
+    assert (high - low) / 2 == pytest.approx(1.96 / 8**0.5, rel=0.15)  # the bootstrap's values are multiples of 1/4
+    *_, last = plot_unseen.table(arms)
+    assert last.startswith("| kleb, 10 %, 9 steps | masked.py --epochs 5 | 8 | 72.00 | +2.00 (+1.")
+    plot_unseen.plot(arms, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_reads_that_gain_more_weigh_as_many_chunks_as_they_have():
+    scratch, arm = ({0: {"reads_x": reads}} for reads in ("50.00x1 50.00x3", "54.00x1 50.00x3"))
+    mean, low, high = plot_unseen.gain(arm, scratch, "x")
+    assert mean == pytest.approx(1) and low == pytest.approx(0) and high == pytest.approx(4)
+
+
+def test_two_rows_of_one_seed_are_refused(monkeypatch):
+    row = {"seed": "0", "pretrain_command": "", "finetune_command": "finetune_basecaller.py --data a --steps 1"}
+    monkeypatch.setattr(plot_unseen, "read_rows", lambda name: {1: row, 2: dict(row)})
+    with pytest.raises(InputError, match="two rows"):
+        plot_unseen.read_arms("some")
+    monkeypatch.setattr(plot_unseen, "read_rows", lambda name: {})
+    with pytest.raises(InputError, match="no results"):
+        plot_unseen.read_arms("some")

@@ -14,6 +14,7 @@ to anything; docs/results/basecalling.md compares it with the errors made.
 
 import contextlib
 import gzip
+import importlib.util
 import itertools
 import json
 import os
@@ -25,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import fast_ctc_decode
 import numpy as np
 import pysam
 import torch
@@ -57,7 +57,8 @@ class Args:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """the file to write: .fastq, .fastq.gz or .bam; - writes FASTQ to standard output"""
     beam_size: PositiveInt = 1
-    """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality"""
+    """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality, and
+    needs fast-ctc-decode"""
     attention_window: PositiveInt | None = None
     """samples to either side that a frame attends to; if not given, half of the chunk length in training, out of the
     args.json beside the weights, or 600 where there is none"""
@@ -126,10 +127,12 @@ def decode(log_probs, beam_size):
     """log_probs (S, 5) -> the sequence of ACGT, the steps (B,) at which its bases begin, their qualities (B,)."""
     probs = np.ascontiguousarray(log_probs.exp().numpy())
     if beam_size == 1:
-        sequence, path = best_path(log_probs)
+        sequence, starts = best_path(log_probs)
     else:  # its path has the step at which a prefix came up first; the lower the threshold, the earlier
+        import fast_ctc_decode  # here, since it is optional
+
         sequence, path = fast_ctc_decode.beam_search(probs, ALPHABET, beam_size, 0.1)
-    starts = np.asarray(path, np.int64)
+        starts = np.array(path, np.int64)
     if not sequence:
         return sequence, starts, np.zeros(0, np.uint8)
     highest = np.maximum.reduceat(probs, starts)  # (B, 5)
@@ -222,6 +225,8 @@ def main(args):
             raise InputError(f"--out {args.out}: exists; choose another name or remove it")
     if args.chunk_len % HOP or args.overlap % HOP or args.overlap >= args.chunk_len:
         raise InputError(f"--chunk-len, --overlap: should be multiples of {HOP}, and the overlap the smaller")
+    if args.beam_size > 1 and not importlib.util.find_spec("fast_ctc_decode"):
+        raise InputError(f"--beam-size {args.beam_size}: pip install fast-ctc-decode, or leave it out")
     device = pick_device(args.device)
     try:
         model = Basecaller.from_state_dict(load_tensors(args.weights, device)).to(device)

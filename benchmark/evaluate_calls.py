@@ -18,12 +18,12 @@ from tqdm import tqdm
 from common import InputError
 from common.args import parse_args
 from common.chunks import in_validation, open_data
-from common.ctc import ALPHABET, align, identity
+from common.ctc import ALPHABET, align, aligned_identity
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LONGEST = 60_000  # bases; an alignment of two such takes 4 GB
+LONGEST = 40_000  # bases; an alignment of two such takes 3 GB and a minute
 EDGES = [0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 51]  # of the bins of quality
 
 
@@ -51,14 +51,13 @@ def read_calls(path):
         raise InputError(f"{path}: cannot be read as FASTQ or BAM ({error})") from error
 
 
-def matches(called, reference):
-    """For each base of `called` 1 if it is aligned to an equal one, 0 if not, -1 outside of the local alignment."""
-    aligned = align(called, reference)
-    columns = [
-        comp == "|" for base, comp in zip(aligned.traceback.query, aligned.traceback.comp, strict=True) if base != "-"
-    ]
-    result = np.full(len(called), -1)
-    result[aligned.end_query + 1 - len(columns) : aligned.end_query + 1] = columns
+def matches(aligned, length):
+    """For each of the `length` called bases 1 if aligned to an equal one, 0 if not, -1 outside of the alignment."""
+    result = np.full(length, -1)
+    if aligned is not None:
+        columns = [base == called for base, called in zip(aligned[0], aligned[1], strict=True) if called != "-"]
+        first = aligned.coordinates[1, 0]
+        result[first : first + len(columns)] = columns
     return result
 
 
@@ -97,10 +96,11 @@ def main(args):
             if max(len(called), len(reference)) > LONGEST:
                 too_long += 1
                 continue
-            identities.append(identity(called, reference))
+            aligned = align(called, reference)
+            identities.append(aligned_identity(aligned, reference))
             if called and quality is not None:
                 qualities.append(np.asarray(quality))
-                right.append(matches(called, reference))
+                right.append(matches(aligned, len(called)))
     if missing == len(identities) + too_long and missing:
         raise InputError(f"{args.calls}: none of the {missing} labelled reads is in it; is it of other reads?")
     if not identities:

@@ -1,10 +1,12 @@
 """Connectionist temporal classification (CTC): what it can emit, greedy decoding, and the identity of a call."""
 
 import numpy as np
-import parasail
 import torch
+from Bio.Align import PairwiseAligner
 
 ALPHABET = "NACGT"  # N, index 0, is the CTC blank and the padding
+# Bonito's scores. To open a gap costs 8, its first base included.
+ALIGNER = PairwiseAligner(mode="local", match_score=5, mismatch_score=-4, open_gap_score=-8, extend_gap_score=-4)
 
 
 def ctc_steps_needed(targets, target_lengths):
@@ -21,12 +23,18 @@ def best_path(log_probs):
 
 
 def align(called, reference):
-    """parasail's result of the best local alignment of two strings of ACGT, with Bonito's scores.
+    """Biopython's best local alignment of two strings of ACGT; None if there is none.
 
-    Match 5, mismatch -4, gap 8 to open and 4 to extend. The query and ref of its traceback have a - where the
-    other has a base alone, its comp a | at each match; end_query is the last aligned base of `called`.
+    Its rows, [0] of the reference and [1] of `called`, have a - where the other has a base alone.
     """
-    return parasail.sw_trace_striped_32(called, reference, 8, 4, parasail.dnafull)
+    return next(iter(ALIGNER.align(reference, called)), None) if called and reference else None
+
+
+def aligned_identity(aligned, reference, min_coverage=0.5):
+    """identity() of what align() gave."""
+    if aligned is None or np.ptp(aligned.coordinates[0]) < min_coverage * len(reference):
+        return 0.0
+    return 100.0 * sum(map(str.__eq__, aligned[0], aligned[1])) / aligned.length
 
 
 def identity(called, reference, min_coverage=0.5):
@@ -35,9 +43,4 @@ def identity(called, reference, min_coverage=0.5):
     100 * matches / (matches + mismatches + insertions + deletions) of the best local alignment, as Bonito counts it,
     and 0 when less than `min_coverage` of the reference is aligned. 0 when nothing is called.
     """
-    if not called or not reference:
-        return 0.0
-    aligned = align(called, reference).traceback
-    if len(aligned.ref.replace("-", "")) < min_coverage * len(reference):
-        return 0.0
-    return 100.0 * aligned.comp.count("|") / len(aligned.comp)
+    return aligned_identity(align(called, reference), reference, min_coverage)

@@ -166,6 +166,14 @@ class Chunks:
         first, end = starts.searchsorted(np.array([start, start + self.chunk_len], starts.dtype))
         return bases[first:end], starts[first:end] - start
 
+    def sequences(self):
+        """The bases 1-4 (B,) of each read that chunks are cut from."""
+        rows, bases = np.unique(self.read_of), [np.asarray(store.bases) for store in self.stores]
+        return [
+            bases[number][read["bases_start"] :][: read["bases_length"]]
+            for number, read in zip(self.store_of[rows], self.reads[rows], strict=True)
+        ]
+
     def _cut(self, reads, starts):
         signal, first = np.empty((len(reads), self.chunk_len), np.float16), self.reads["start"][reads] + starts
         for number in np.unique(self.store_of[reads]):

@@ -38,6 +38,15 @@ def simulated(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def one_place(simulated, tmp_path):
+    """The names of the simulated reads, all with the signal and the bases of one of them."""
+    with h5py.File(simulated) as every, h5py.File(tmp_path / "one_place.hdf5", "w") as file:
+        for name in every["Reads"]:
+            every.copy("Reads/simulated-1-1", file.require_group("Reads"), name)
+    return tmp_path / "one_place.hdf5"
+
+
 @pytest.fixture(scope="session")
 def few(simulated, tmp_path_factory):
     """A read store of three of the simulated reads, one of them in the validation split: 43 and 28 tiles of 400."""

@@ -39,6 +39,16 @@ def locate(row):
     return read, start
 
 
+def test_sequences_are_those_of_the_reads_that_have_chunks(tmp_path):
+    stores = [coded_store(tmp_path / "a"), coded_store(tmp_path / "b", [300, 50, 200], prefix="other")]
+    found = Chunks(stores, 100, "training", labelled=True).sequences()
+    expected = []
+    for store, too_short in zip(stores, (3, 1), strict=True):
+        for read in np.delete(store.reads, too_short):
+            expected.append(store.bases[read["bases_start"] : read["bases_start"] + read["bases_length"]])
+    assert len(found) == 7 and all(map(np.array_equal, found, expected))
+
+
 @pytest.fixture
 def coded(tmp_path):
     return coded_store(tmp_path / "coded")

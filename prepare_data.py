@@ -27,6 +27,7 @@ from common.reads.bam import Basecalls
 from common.reads.bonito import write_bonito
 from common.reads.files import written_whole
 from common.reads.formats import is_bonito
+from common.reads.kmers import shared_kmers
 from common.reads.store import prepare
 
 
@@ -54,8 +55,8 @@ class Args:
 
 
 def audit(stores, chunk_len):
-    """Prints reads, chunks, and for labelled reads samples per base and the share of chunks infeasible for CTC."""
-    needed = []
+    """Prints reads, chunks, and for labelled reads samples per base, chunks infeasible for CTC and shared 21-mers."""
+    needed, sequences = [], []
     for split in ("training", "validation"):
         for labelled in (False, True):
             try:
@@ -67,6 +68,7 @@ def audit(stores, chunk_len):
             print(f"  {split}: {chunks.number_of_reads} {kind}reads, {len(chunks)} chunks of {chunk_len}{short}")
             if labelled:
                 needed += [ctc_steps_needed(batch.targets, batch.target_lengths) for batch in chunks.tiles(64)]
+                sequences.append(chunks.sequences())
     if not needed:
         return
     labelled = np.concatenate([store.reads[store.reads["bases_length"] > 0] for store in stores])
@@ -75,6 +77,9 @@ def audit(stores, chunk_len):
     for head, steps in (("one time step per frame", frames), ("two, as finetune_basecaller.py", 2 * frames)):
         share = (needed > steps).float().mean()
         print(f"  {share:.1%} of chunks are infeasible for CTC at stride 8 with {head} ({steps} steps)")
+    if len(sequences) == 2:
+        same, either = shared_kmers(sequences[1], sequences[0])
+        print(f"  training reads hold {same:.1%} of validation reads' 21-mers (same strand), {either:.1%} (either)")
 
 
 def export_bonito(stores, out, chunk_len):

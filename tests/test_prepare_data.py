@@ -50,6 +50,7 @@ def test_command_line_writes_a_store_and_prints_an_account(simulated, tmp_path):
     assert f"training: 10 labelled reads, {len(tiles['training'])} chunks of {LENGTH}" in lines
     assert f"validation: 2 labelled reads, {len(tiles['validation'])} chunks of {LENGTH}" in lines
     assert f"{samples / bases:.2f} samples per base" in lines
+    assert "training reads hold 0.0% of validation reads' 21-mers (same strand), 0.0% (either)" in lines
 
     both = tiles["training"] + tiles["validation"]
     needed = [len(tile) + sum(a == b for a, b in pairwise(tile)) for tile in both]
@@ -76,6 +77,17 @@ def test_reads_shorter_than_a_chunk_and_unlabelled_ones_are_counted(simulated, t
     assert f"kept: {11 - short} labelled" in lines
     left_out = next(line for line in lines if line.startswith("left out: ")).removeprefix("left out: ")
     assert set(left_out.split(", ")) == {f"{short} shorter than 9030 samples", "1 unlabelled"}
+
+
+def test_shared_sequence_is_in_the_audit(one_place, tmp_path, command, capsys):
+    with h5py.File(one_place, "r+") as file:
+        for name, read in file["Reads"].items():
+            if hash_of(name.encode()) < 0.1 * 2**64:  # in validation
+                bases, half = read["Reference"][:], read["Reference"][len(read["Reference"]) // 2 :]
+                read["Reference"][...] = np.append(half, 3 - half[::-1])[: len(bases)]
+    command(one_place, "-o", tmp_path / "store", "--chunk-len", LENGTH)
+    same, either = re.search(r"hold ([\d.]+)% of .*, ([\d.]+)% \(either\)", capsys.readouterr().out).groups()
+    assert 49 < float(same) < 50 and 98 < float(either) < 99
 
 
 @pytest.mark.parametrize("bonito", [(), ("--bonito",)])

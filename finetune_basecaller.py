@@ -46,6 +46,7 @@ from common.device import (
     seed_step,
 )
 from common.pore_model import HOP, PoreModel
+from common.reads.kmers import shared_kmers
 from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
 from masked import find_events, hide
 
@@ -300,6 +301,13 @@ def main(args):
         f"training: {chunks.number_of_reads} reads, {len(chunks)} chunks; "
         f"validation: {validation.number_of_reads} reads, {len(validation)} chunks"
     )
+    if rank() == 0:
+        held, _ = shared_kmers(validation.sequences(), chunks.sequences())
+        if held > 0.5:
+            print(
+                f"training reads hold {held:.1%} of validation reads' 21-mers (same strand): "
+                "identity is also a test of memory; test on reads of another genome, or of another part of it"
+            )
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
     total = args.steps or args.epochs * steps_per_epoch
     validate_every = steps_per_epoch * math.ceil(VALIDATE_EVERY / steps_per_epoch)

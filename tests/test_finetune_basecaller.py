@@ -215,6 +215,15 @@ def test_tune_validates_on_reads_that_neither_training_nor_the_validation_split_
         main(small_args(simulated, tmp_path / "both", tune=True, shared_data=True))
 
 
+@pytest.mark.parametrize("changes", [{}, {"tune": True, "label_fraction": 0.2}])
+def test_validation_reads_of_the_place_of_training_reads_are_said(one_place, simulated, tmp_path, capsys, changes):
+    main(small_args(one_place, tmp_path / "one", steps=1, **changes))
+    said = "training reads hold 100.0% of validation reads' 21-mers (same strand): identity is also a test of memory"
+    assert capsys.readouterr().out.count(said) == 1
+    main(small_args(simulated, tmp_path / "run", steps=1, **changes))
+    assert "21-mers" not in capsys.readouterr().out
+
+
 def test_what_is_saved_is_the_average_of_the_weights(few, tmp_path, monkeypatch):
     """Against the recursion in float64; with momentum 0 it is the weights themselves."""
     states, update = [], finetune_basecaller.update_average

@@ -4,10 +4,10 @@
         --commands "masked.py --data reads.pod5 --size tiny --epochs 5" \\
         "finetune_basecaller.py --data labelled.hdf5 --size tiny --steps 1000 --weights pore_model.pt"
 
-Each command starts from the weights of the one before, and gets --seed. One row a seed in benchmark/results/NAME.csv:
-the commands, and for each test file the mean identity of all its chunks, by the last weights, and each read's, with its
-number of chunks. No row is made twice, and no run: start it again, or twice on one machine, with commands that share
-their beginning. `python -m benchmark.plot_unseen NAME` compares the rows.
+Each command starts from the weights of the one before, and gets --seed unless it has one. One row a seed in
+benchmark/results/NAME.csv: the commands, and for each test file the mean identity of all its chunks, by the last
+weights, and each read's, with its number of chunks. No row is made twice, and no run: start it again, or twice on one
+machine, with commands that share their beginning. `python -m benchmark.plot_unseen NAME` compares the rows.
 """
 
 import sys
@@ -35,7 +35,7 @@ class Args:
     name: str = "unseen"
     """of this collection of results"""
     seeds: tuple[int, ...] = (0,)
-    """of each command"""
+    """of each command without a --seed of its own"""
 
 
 @torch.no_grad()
@@ -56,7 +56,9 @@ def main(args):
     """The exit code: 0, or the jobs that failed, which sys.exit prints."""
     failed = []
     for seed in args.seeds:
-        *before, last = commands = [f"{command} --seed {seed}" for command in args.commands]
+        *before, last = commands = [
+            command if " --seed " in command else f"{command} --seed {seed}" for command in args.commands
+        ]
         row = {"name": args.name, "seed": seed, "pretrain_command": " && ".join(before), "finetune_command": last}
         if key(row) in read_rows(args.name):
             continue

@@ -93,9 +93,9 @@ def test_a_row_has_the_commands_and_the_identity_of_each_test(few, tmp_path, mon
     monkeypatch.setattr(unseen, "append_row", rows.append)
     monkeypatch.setattr(unseen, "read_rows", lambda name: {unseen.key(row): row for row in rows})
     monkeypatch.setattr(unseen, "identities_by_read", lambda weights, data: {"a": [60.0, 70.0], "b": [80.0]})
-    args = unseen.Args(("masked.py --a", "finetune_basecaller.py --b"), (few,), "try", (0, 1))
+    args = unseen.Args(("masked.py --a --seed 7", "finetune_basecaller.py --b"), (few,), "try", (0, 1))
     assert unseen.main(args) == 0 and unseen.main(args) == 0
-    assert ran == [[f"masked.py --a --seed {seed}", f"finetune_basecaller.py --b --seed {seed}"] for seed in (0, 1)]
+    assert ran == [["masked.py --a --seed 7", f"finetune_basecaller.py --b --seed {seed}"] for seed in (0, 1)]
     assert [(row["seed"], row["identity_store"], row["loss"]) for row in rows] == [(0, 70.0, 1.0), (1, 70.0, 1.0)]
     assert rows[0]["reads_store"] == "65.00x2 80.00x1"
 

@@ -55,7 +55,7 @@ def augmented(name, signal, seed=SEED):
     rows = signal.repeat(16, 1)
     augmentation = AUGMENTATIONS.get(name) or getattr(augment, name.replace("-", "_"))
     out, lengths, *_ = augmentation(rows, torch.full((16,), len(signal)))
-    row = (out != rows).any(1).int().argmax()
+    row = (out != rows[:, : out.shape[1]]).any(1).int().argmax()
     return out[row, : lengths[row]]
 
 

@@ -5,10 +5,12 @@ five others did not help there. gain_offset and time_warp imitate more of what d
 parts, and returns which. docs/augmentations.md has pictures.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from common.pore_model import valid_positions
+from common.pore_model import HOP, valid_positions
 
 
 def noise(signal, lengths, factor=0.25):
@@ -21,13 +23,20 @@ def drop_points(signal, lengths, low=0.25, high=0.38):
     """Drops each sample with a chance drawn for each row from U(low, high) and moves the rest together.
 
     It acts as a local change of the strand's speed. Rows end up shorter, padded on the right with zeros.
+
+    So does the batch, to whole frames that have room for six standard deviations more than rows keep at `low`. What
+    does not fit is cut: nothing in a million rows. The host knows this width without waiting for a GPU, and a compiled
+    pore model meets no other.
     """
     rows, width = signal.shape
+    kept = width * (1 - low)
+    width_kept = min(width, HOP * math.ceil(max(1, kept + 6 * math.sqrt(kept * low)) / HOP))
     chance = torch.empty(rows, 1, device=signal.device).uniform_(low, high)
     keep = (torch.rand_like(signal) >= chance) & valid_positions(lengths, width)
-    place = torch.where(keep, keep.cumsum(1) - 1, width)  # dropped samples go to one extra column, cut off again
-    moved = signal.new_zeros(rows, width + 1).scatter_(1, place, signal)[:, :width]
-    return moved.contiguous(), keep.sum(1).clamp(min=1)
+    # dropped samples go to one extra column, cut off again
+    place = torch.where(keep, (keep.cumsum(1) - 1).clamp(max=width_kept), width_kept)
+    moved = signal.new_zeros(rows, width_kept + 1).scatter_(1, place, signal)[:, :width_kept]
+    return moved.contiguous(), keep.sum(1).clamp(1, width_kept)
 
 
 def shuffle(signal, lengths, segments=8):

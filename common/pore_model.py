@@ -38,6 +38,11 @@ def valid_positions(lengths, width):
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
+def works_by_row(x):
+    """Whether work on x is to follow the lengths of its rows: on a CPU. On a GPU, or compiled, shapes stay the same."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class MaskedBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the valid positions of x (N, C, T) or (N, C), in all processes' parts of the batch.
 
@@ -214,20 +219,20 @@ class PoreModel(nn.Module):
     def forward(self, signal, lengths=None):
         """signal (N, L), lengths (N,) of valid samples or None for all -> context (N, T, C), frame lengths (N,).
 
-        T is the number of frames of the longest row; context is zero at the padding.
+        T is the number of frames of the signal, but on a CPU of the longest row; context is zero at the padding.
         """
         if lengths is None:
             frames, _ = self.encoder(signal)
             frame_lengths = torch.full((len(signal),), frames.shape[1], device=signal.device)
             return self.contextualise(frames), frame_lengths
-        # no work on frames that are padding in every row; whole frames, so that compiled graphs are few
-        longest = HOP * frames_of(int(lengths.max()))
-        frames, frame_lengths = self.encoder(signal[:, :longest], lengths)
+        if works_by_row(signal):  # no work on frames that are padding in every row; a GPU would have to be waited for
+            signal = signal[:, : HOP * frames_of(int(lengths.max()))]
+        frames, frame_lengths = self.encoder(signal, lengths)
         return self.contextualise(frames, frame_lengths), frame_lengths
 
     def contextualise(self, frames, lengths=None):
         """The transformer on the encoder's frames (N, T, C), lengths (N,) or None -> context (N, T, C)."""
-        if lengths is None or frames.device.type != "cpu" or torch.compiler.is_compiling():
+        if lengths is None or not works_by_row(frames):
             return self.transform(frames, lengths)
         # Rows of like length go together, so that little is padding and what a layer makes stays in the cache; a GPU,
         # where each kernel launched costs time, gets all rows at once.

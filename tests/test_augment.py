@@ -52,9 +52,9 @@ def test_the_padding_stays_zero_and_the_input_unchanged(augmentation):
     signal, lengths = batch()
     before = signal.clone()
     out, out_lengths = augmentation(signal, lengths)
-    assert out.shape == signal.shape and out.dtype == signal.dtype
+    assert out.shape == (len(signal), 360 if augmentation is drop_points else WIDTH) and out.dtype == signal.dtype
     assert out_lengths.dtype == torch.int64
-    assert not out[~valid_positions(out_lengths, WIDTH)].any()
+    assert not out[~valid_positions(out_lengths, out.shape[1])].any()
     assert torch.equal(signal, before)
     assert augmentation is drop_points or torch.equal(out_lengths, lengths)
 
@@ -140,8 +140,29 @@ def test_drop_points_at_the_ends_of_the_range():
     assert torch.equal(out, signal)
     assert torch.equal(out_lengths, lengths)
     out, out_lengths = drop_points(signal, lengths, 1.0, 1.0)  # a row keeps a length of 1: no method divides by zero
-    assert not out.any()
+    assert not out.any() and out.shape[1] == 8
     assert (out_lengths == 1).all()
+
+
+@pytest.mark.parametrize("chance", [0.01, 0.25, 0.38, 0.9])
+@pytest.mark.parametrize("length", [200, 1200, 3600])
+def test_a_million_rows_fit_into_the_width_of_a_view(length, chance):
+    """Rows that all have the lowest chance to lose a sample; what they keep is binomial, as is tested above."""
+    width = drop_points(torch.zeros(1, length), torch.tensor([length]), chance, chance)[0].shape[1]
+    kept = np.random.default_rng(0).binomial(length, 1 - chance, 1_000_000)
+    assert kept.max() <= width and width % 8 == 0 and (width - kept.mean()) / kept.std() < 6.1 + 8 / kept.std()
+
+
+def test_what_does_not_fit_into_the_width_of_a_view_is_cut(monkeypatch):
+    """Here half of the rows, since the width has room for no more than the mean."""
+    signal, lengths = torch.arange(1.0, 401).expand(50, -1), torch.full((50,), 400)
+    torch.manual_seed(1)
+    whole, whole_lengths = drop_points(signal, lengths, 0.3, 0.3)
+    monkeypatch.setattr("math.sqrt", lambda _: 0)
+    torch.manual_seed(1)
+    out, out_lengths = drop_points(signal, lengths, 0.3, 0.3)
+    assert out.shape[1] == 280 and 10 < (whole_lengths > 280).sum() < 40
+    assert torch.equal(out, whole[:, :280]) and torch.equal(out_lengths, whole_lengths.clamp(max=280))
 
 
 # ------------------------------------------------------------------------------------------------ the others

@@ -278,18 +278,16 @@ def test_dropout_is_torchs(dtype):
     assert dropout.eval()(x) is x
 
 
-def test_compiled_graphs_are_few():
-    """Views of any length share them: torch falls back to plain Python after eight graphs of the same code."""
+def test_rows_of_any_length_share_a_compiled_graph():
+    """torch falls back to plain Python after eight graphs of the same code."""
     counter = CompileCounter()
     torch.compiler.reset()
     model = PoreModel(64, 1, 64)
     model.compile(backend=counter)
-    counts = []
     for longest in range(200, 390, 13):  # of all remainders by 8
         model(torch.randn(3, 400), torch.tensor([longest, 90, 101]))
-        counts.append(counter.frame_count)
     torch.compiler.reset()
-    assert 1 <= counts[0] <= counts[2] == counts[-1] <= 6
+    assert counter.frame_count == 1
 
 
 def test_dropout_acts_in_training_only():

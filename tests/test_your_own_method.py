@@ -235,8 +235,8 @@ def test_the_loss_is_that_of_all_pairs_of_a_teachers_view_and_another_in_float64
             name = next(name for name in of if network is models[name])
             of[name].append((view, outputs.detach().double().numpy()))
         seen.clear()
-        assert sorted(view[0].shape[1] for view, _ in of["student"]) == [200, 200, 400, 400]
-        assert [view[0].shape[1] for view, _ in of["teacher"]] == [400, 400]
+        assert sorted(view[0].shape[1] for view, _ in of["student"]) == [192, 192, 352, 352]
+        assert [view[0].shape[1] for view, _ in of["teacher"]] == [352, 352]
         cross, entropy = [], []
         for view, teacher in of["teacher"]:
             log_p = log_softmax((teacher - centre) / args.teacher_temperature)

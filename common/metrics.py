@@ -16,10 +16,13 @@ def feature_spread(embeddings):
 def effective_rank(embeddings):
     """exp of the entropy of the normalised singular values of the centred embeddings (N, R): 1 to min(N - 1, R).
 
-    Roy & Vetterli 2007, "The effective rank", definition 1. 0 when all embeddings are equal.
+    Roy & Vetterli 2007, "The effective rank", definition 1. 0 when all embeddings are equal. On the CPU, since MPS has
+    no float64; by the smaller Gram matrix, which takes an eighth of the time of an SVD at 512 x 2048.
     """
-    embeddings = embeddings.detach().float().cpu()  # MPS has no svdvals
-    singular = torch.linalg.svdvals(embeddings - embeddings.mean(0))
+    embeddings = embeddings.detach().cpu().double()
+    centred = embeddings - embeddings.mean(0)
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     total = singular.sum()
     if total < 1e-6 * embeddings.norm().clamp(min=1e-12):
         return 0.0

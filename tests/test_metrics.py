@@ -48,6 +48,15 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
     assert effective_rank(1e-3 * with_spectrum([6.0, 3.0, 1.0])) == pytest.approx(math.exp(entropy), rel=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(512, 600), (600, 512)])
+def test_effective_rank_of_a_large_batch_is_that_of_an_svd_in_float64(shape):
+    torch.manual_seed(0)
+    embeddings = torch.randn(shape) * torch.logspace(-3, 0, shape[1]) + 3
+    centred = embeddings.double() - embeddings.double().mean(0)
+    p = torch.linalg.svdvals(centred) / torch.linalg.svdvals(centred).sum()
+    assert effective_rank(embeddings) == pytest.approx(math.exp(-(p * p.clamp(min=1e-300).log()).sum()), rel=1e-6)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6])
 def test_effective_rank_is_zero_when_all_are_equal(scale):
     assert effective_rank(scale * torch.linspace(-1, 2, 64).repeat(100, 1)) == 0

@@ -174,8 +174,7 @@ def learning_rate(step, args, total):
 @torch.no_grad()
 def update_average(average, model, momentum):
     """average <- momentum * average + (1 - momentum) * model; but BatchNorm's running statistics stay its own."""
-    for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, 1 - momentum)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - momentum)
 
 
 def validate(models, chunks, args, device):

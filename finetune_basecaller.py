@@ -187,11 +187,9 @@ def augment(batch, args):
 @torch.no_grad()
 def update_average(average, model, momentum):
     """average <- momentum * average + (1 - momentum) * model, BatchNorm's running statistics included."""
-    for old, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if old.is_floating_point():
-            old.lerp_(new, 1 - momentum)
-        else:
-            old.copy_(new)
+    states = [list(x.state_dict().values()) for x in (average, model)]
+    torch._foreach_lerp_(*([x for x in state if x.is_floating_point()] for state in states), 1 - momentum)
+    torch._foreach_copy_(*([x for x in state if not x.is_floating_point()] for state in states))  # counts of batches
 
 
 def learning_rate(step, warmup_steps, total):
@@ -322,7 +320,8 @@ def main(args):
         [
             {"params": model.head.parameters(), "lr": args.lr, "max_lr": args.lr},
             {"params": model.pore_model.parameters(), "lr": pore_model_lr, "max_lr": pore_model_lr},
-        ]
+        ],
+        fused=True,
     )
     best = Best()
     average = copy.deepcopy(model)

@@ -91,8 +91,8 @@ class Args:
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
     """go on with this run from its last checkpoint; its arguments are the defaults"""
-    checkpoint_every: PositiveInt = 100
-    """steps between checkpoints"""
+    checkpoint_minutes: NonNegativeFloat = 10
+    """minutes between checkpoints; one more at the end, and on Ctrl-C and SIGTERM"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
 
@@ -213,7 +213,7 @@ def main(args):
             run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
         if step % steps_per_epoch == 0:
             run.log(step, **validate(models, validation, args, device))
-        if run.stop or step % args.checkpoint_every == 0 or step == last:
+        if run.stop or run.checkpoint_due or step == last:
             run.checkpoint(step, parts)
         if run.stop:  # Ctrl-C or SIGTERM
             return run.stop

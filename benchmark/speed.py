@@ -274,7 +274,7 @@ def measure(method, args, steps, padding=True):
     instead[script, "autocast"] = lambda *settings: clock.part("forward", autocast(*settings))
     instead[script.Run, "steps"], instead[script.Run, "log"] = watched_steps, lambda *_, **__: None
     instead[script, "validate"], instead[script, "warn_if_slow"] = lambda *_: {}, lambda *_, **__: None
-    instead[script, "LOG_EVERY"] = args.checkpoint_every
+    instead[script, "LOG_EVERY"] = 10**9
     row = {"method": method} | {name: getattr(args, name) for name in ("size", "batch_size", "chunk_len", "compile")}
     row["device"] = torch.cuda.get_device_name() if clock.on_gpu else f"cpu, {torch.get_num_threads()} threads"
     clock.start()  # for what is done before the first step
@@ -340,7 +340,7 @@ def main(args):
         def row(method, shown=True, steps=args.steps, padding=True, **settings):
             settings = {"chunk_len": args.chunk_len, "device": args.device, "precision": args.precision} | settings
             run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
-            settings |= {"data": (Path(folder) / "store",), "epochs": 10**9, "checkpoint_every": 10**9}
+            settings |= {"data": (Path(folder) / "store",), "epochs": 10**9, "checkpoint_minutes": 1e9}
             steps *= 5 if method == "cpc" else 1  # whose time depends on the present frame, drawn anew each step
             row = measure(method, importlib.import_module(method).Args(run_dir=run_dir, **settings), steps, padding)
             row |= {"precision": precision, "matmul": ceiling}

@@ -46,6 +46,7 @@ class Run:
         name = f"{self.script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
         self.folder = args.resume or args.run_dir or Path("runs") / name
         self.tracker, self.saved, self.signal, self.stopping, self.asked = None, 0, 0, 0, False
+        self.saved_at = time.monotonic()
         if rank():
             return
         if not args.resume:
@@ -131,7 +132,7 @@ class Run:
             about = {"script": self.script, "step": step, "world_size": world_size()}
             about["log_bytes"] = log.stat().st_size if log.exists() else 0
             save_whole(state | about, self.folder / "checkpoint.pt")
-        self.saved = step
+        self.saved, self.saved_at = step, time.monotonic()
 
     def steps(self, first, last):
         """Yields the steps first + 1 ... last under a progress bar.
@@ -177,6 +178,12 @@ class Run:
         if not self.asked:
             self.asked, self.stopping = True, all_reduce_max(self.signal)
         return 128 + self.stopping if self.stopping else 0
+
+    @property
+    def checkpoint_due(self):
+        """Whether the last checkpoint, or the start, is --checkpoint-minutes ago, by the clock of any process."""
+        due = time.monotonic() - self.saved_at >= 60 * self.args.checkpoint_minutes
+        return bool(all_reduce_max(int(due)))
 
     def log(self, step, **metrics):
         """Appends one JSON line; floats as they are, so that two runs can be compared exactly."""

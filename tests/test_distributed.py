@@ -111,7 +111,7 @@ def test_sigterm_to_torchrun_ends_the_run_with_a_checkpoint(torchrun, few, tmp_p
     """What a scheduler does. torchrun passes it on; that its own exit is not 0 is right. One process can go on."""
     run = tmp_path / "run"
     words = ("--size", "tiny", "--device", "cpu", "--chunk-len", 200, "--batch-size", 8, "--embedding-dim", 32)
-    words += ("--queue", 64, "--checkpoint-every", 1, "--data", few, "--run-dir", run)
+    words += ("--queue", 64, "--checkpoint-minutes", 0, "--data", few, "--run-dir", run)
     process = torchrun(ROOT / "moco.py", *words)
     while process.poll() is None and not (run / "checkpoint.pt").exists():
         time.sleep(0.01)

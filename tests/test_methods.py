@@ -283,7 +283,7 @@ while kills < 20 or not weights.exists():
     if not checkpoint.exists() or weights.exists():
         shutil.rmtree(run, ignore_errors=True)  # killed before its first checkpoint, or finished too early
         kills = 0
-    process = start(run, checkpoint_every=1, resume=run if run.exists() else None)
+    process = start(run, checkpoint_minutes=0, resume=run if run.exists() else None)
     if kills < 20:
         wait_for(chance.randrange(3))
         time.sleep(chance.uniform(0, 0.1))  # within the next steps; or, if none was waited for, while it starts

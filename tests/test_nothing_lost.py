@@ -131,7 +131,7 @@ def test_a_disk_that_was_full_for_a_while(child, whole, few, tmp_path, name, lim
     assert child(train(name, few, run_dir=run, max_steps=3)) == (0, [])
     before = files(run)
     limit = limit or len(before["basecaller.pt"])  # which fits, the checkpoint after it does not
-    again = train(name, few, resume=run, max_steps=LAST, checkpoint_every=4)
+    again = train(name, few, resume=run, max_steps=LAST, checkpoint_minutes=0)
     assert re.search(r"File too large.*free space", refusal(child(partial(full_disk, limit), again), run / lost))
     after, log = files(run), lines_but_speed(run)
     assert after["checkpoint.pt"] == before["checkpoint.pt"] and after.keys() == before.keys()
@@ -231,7 +231,7 @@ def shut_after(checkpoints, folder):
 
 def test_a_run_folder_that_is_shut_while_training(child, few, place):
     data, run = shutil.copytree(few, place / "store"), place / "open" / "run"
-    options = {"max_steps": 4, "checkpoint_every": 1}
+    options = {"max_steps": 4, "checkpoint_minutes": 0}
     done = child(nobody, partial(shut_after, 2, run), train("barlow", data, run_dir=run, **options))
     denied(done, run / "checkpoint.pt")
     assert files(run).keys() == {".lock", "args.json", "checkpoint.pt"}
@@ -244,8 +244,8 @@ def test_a_run_folder_that_is_shut_while_training(child, few, place):
 
 def test_a_log_that_cannot_be_begun(child, few, place):
     data, run = shutil.copytree(few, place / "store"), place / "open" / "run"
-    options = {"max_steps": 4, "checkpoint_every": 3, "run_dir": run}
-    denied(child(nobody, partial(shut_after, 1, run), train("barlow", data, **options)), run / "metrics.jsonl")
+    options = {"max_steps": 4, "checkpoint_minutes": 0, "run_dir": run}
+    denied(child(nobody, partial(shut_after, 3, run), train("barlow", data, **options)), run / "metrics.jsonl")
 
 
 def test_a_run_of_someone_else_is_not_resumed(child, few, place):

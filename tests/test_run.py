@@ -108,6 +108,18 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(child, tmp_path):
     assert child(partial(resume_in, tmp_path / "run")) == (0, [])
 
 
+def test_checkpoints_come_by_the_clock(tmp_path, monkeypatch):
+    clock, written = [0], []
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    run = Run(barlow.Args(run_dir=tmp_path / "run", checkpoint_minutes=10), "barlow.py")
+    for step in run.steps(0, 9):
+        clock[0] += 4 * 60
+        if run.checkpoint_due:
+            run.checkpoint(step, {})
+            written.append(step)
+    assert written == [3, 6, 9]
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 

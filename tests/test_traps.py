@@ -17,7 +17,7 @@ from common.args import parse_args
 
 BARLOW = (Path(__file__).parents[1] / "barlow.py").read_text()
 SMALL = ["--size", "tiny", "--device", "cpu", "--chunk-len", "200", "--batch-size", "8", "--embedding-dim", "16"]
-SMALL += ["--checkpoint-every", "2"]
+SMALL += ["--checkpoint-minutes", "0"]
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ DOES_WITHOUT = {
     "if step % LOG_EVERY == 0:",
     "if step % steps_per_epoch == 0:",
 }
-SAID = {"if run.stop or step % args.checkpoint_every == 0 or step == last:", "if run.stop:"}
+SAID = {"if run.stop or run.checkpoint_due or step == last:", "if run.stop:"}
 
 
 def test_each_statement_of_the_loop_is_accounted_for():
@@ -169,13 +169,13 @@ def test_without_the_line_that_stops_it_a_signal_ends_the_run_and_says_what_is_m
 
 
 def test_without_either_line_a_signal_ends_the_run(run, tmp_path):
-    tree = WITHOUT["if run.stop:"].replace("if run.stop or step %", "if step %")
+    tree = WITHOUT["if run.stop:"].replace("if run.stop or run.", "if run.")
     with pytest.raises(InputError, match=r"step 3: stopped; this loop lacks"):
         run(tree, "--run-dir", tmp_path / "run", before=terminated_at(3))
 
 
 def test_without_a_checkpoint_it_is_said(run, tmp_path):
-    source = WITHOUT["if run.stop or step % args.checkpoint_every == 0 or step == last:"]
+    source = WITHOUT["if run.stop or run.checkpoint_due or step == last:"]
     code, said = run(source, "--max-steps", 2, "--run-dir", tmp_path / "run")
     assert code is None and "no checkpoint of step 2 was written" in said
     code, said = run(source, "--run-dir", tmp_path / "again", before=terminated_at(3))
@@ -202,4 +202,4 @@ def test_without_the_mean_of_the_gradients_two_processes_are_stopped(tmp_path, s
     words += ["--data", str(simulated), *SMALL, "--max-steps", "4"]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "step 2: processes have other weights; does the loop call average_gradients()?" in done.stderr
+    assert "step 1: processes have other weights; does the loop call average_gradients()?" in done.stderr

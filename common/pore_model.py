@@ -56,7 +56,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             return super().forward(whole)[part_of(len(whole))]
         if not self.training or (mask is None and world_size() == 1):
             return super().forward(x)
-        x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))  # bfloat16 sums would be too coarse
+        given, x = x.dtype, x.to(self.weight.dtype)  # bfloat16 sums would be too coarse
         count = x.new_full((), x[:, 0].numel()) if mask is None else mask.sum()
         sums = sum_over_ranks(torch.cat([count[None], x.sum((0, 2)), x.square().sum((0, 2))]))
         count, total, squares = sums.split([1, len(self.weight), len(self.weight)])
@@ -67,7 +67,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return torch.addcmul((self.bias - mean * scale)[:, None], x, scale[:, None])
+        return torch.addcmul((self.bias - mean * scale)[:, None], x, scale[:, None]).to(given)
 
 
 class ConvBlock(nn.Module):
@@ -244,7 +244,8 @@ class PoreModel(nn.Module):
 
     def transform(self, frames, lengths=None):
         """contextualise() on all rows at once."""
-        x = self.dropout(frames)
+        # the residual stream is float32 in training, validation and basecalling alike: see docs/speed.md
+        x = self.dropout(frames.to(self.norm.weight.dtype))
         rotation = rotations(*frames.shape[1:], frames.device)
         valid = None if lengths is None else valid_positions(lengths, frames.shape[1])
         mask = None if valid is None else valid[:, None, None]

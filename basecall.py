@@ -36,7 +36,7 @@ from tqdm import tqdm
 from common import InputError
 from common.args import parse_args
 from common.ctc import ALPHABET, best_path
-from common.device import autocast, pick_device
+from common.device import autocast, copied_to, pick_device
 from common.pore_model import HOP, frames_of, load_tensors
 from common.reads.files import written_whole
 from common.reads.formats import Rejected, count_reads, listed, raw_files, reads_of
@@ -112,10 +112,10 @@ def log_probabilities(model, reads, args, device):
     while batch := list(itertools.islice(chunks, args.batch_size)):
         signals = [torch.from_numpy(signal).float() for _, signal, _, _ in batch]
         lengths = torch.tensor([len(signal) for signal in signals])
-        signal = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True).to(device)
+        signal = torch.nn.utils.rnn.pad_sequence(signals, batch_first=True)
         whole = lengths.min() == lengths.max()  # no padding, and no mask to slow attention down
         with autocast(device, args.precision):
-            log_probs, _ = model(signal, None if whole else lengths.to(device))
+            log_probs, _ = model(copied_to(device, signal), None if whole else copied_to(device, lengths))
         for row, (read, _, keep, last) in zip(log_probs.cpu(), batch, strict=True):
             kept.append(row[keep])
             if last:
@@ -229,7 +229,7 @@ def main(args):
         raise InputError(f"--beam-size {args.beam_size}: pip install fast-ctc-decode, or leave it out")
     device = pick_device(args.device)
     try:
-        model = Basecaller.from_state_dict(load_tensors(args.weights, device)).to(device)
+        model = Basecaller.from_state_dict(load_tensors(args.weights)).to(device)
     except ValueError as error:
         raise InputError(f"{args.weights}: {error}; give the basecaller.pt of a fine-tuning run") from error
     if args.attention_window is None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common import InputError
-from common.device import all_gather_lists, part_of, world_size
+from common.device import all_gather_lists, copied_to, part_of, world_size
 from common.reads.store import open_stores
 
 VALIDATION = 0.1  # the share of reads kept for validation
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     reads: tuple[str, ...] = ()  # ids of the reads that the chunks are of, also those of the other processes
 
     def to(self, device):
-        return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+        return Batch(*(copied_to(device, x) if torch.is_tensor(x) else x for x in self))
 
 
 class Chunks:

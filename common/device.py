@@ -36,6 +36,17 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def copied_to(device, x):
+    """The tensor x of the CPU on `device`. The host does not wait for a GPU that is busy: the copy is queued, too.
+
+    That needs pinned memory, which torch keeps until it is read. MPS does not keep what it reads later
+    (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    if device.type in ("cpu", "mps"):
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def evaluation(model):
     """Within it, `model` is in evaluation mode and no gradients are kept; then it is in training mode again."""

@@ -294,15 +294,15 @@ def pad_frames(x, frames):
     return F.pad(x, (0, frames - x.shape[2]))
 
 
-def load_tensors(path, device="cpu"):
-    """What torch.save wrote to `path`, read without executing anything. InputError if it is no such file."""
+def load_tensors(path):
+    """What torch.save wrote to `path`, on the CPU, read without executing anything. InputError if `path` has none."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if file.testzip():  # torch does not look at the checksums
                     raise ValueError("damaged")
         with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:

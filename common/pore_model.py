@@ -17,6 +17,10 @@ from torch import nn
 from common import InputError
 from common.device import all_gather, part_of, sum_over_ranks, world_size
 
+# cuDNN's attention with a mask has gradients that are not numbers, on an H100 where 64 frames are left over from 128s
+# (https://github.com/pytorch/pytorch/issues/196678)
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
 HOP = 8  # samples per frame

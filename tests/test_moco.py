@@ -151,6 +151,8 @@ def test_groups_have_statistics_of_their_own_and_rows_return_in_order(network, a
         expected = network["projector"](*network["pore_model"](*(x[rows] for x in a_view)))
         torch.testing.assert_close(embeddings[rows], expected, rtol=1e-9, atol=1e-10)
     assert (embeddings - embed(network, a_view, 1, shuffle)).abs().max() > 0.01  # the groups matter
+    network.eval()  # but not in validation
+    torch.testing.assert_close(*(embed(network, a_view, groups, shuffle) for groups in (4, 1)), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [6, 3])

@@ -214,9 +214,12 @@ class Run:
             self.tracker.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
 
     def save(self, name, state):
-        """Writes `state` to the run folder, whole or not at all, and returns its path."""
+        """Writes a state dict to the run folder, whole or not at all, and returns its path.
+
+        As tensors of the CPU: those of a GPU would not load where there is none.
+        """
         if rank() == 0:
-            save_whole(state, self.folder / name)
+            save_whole({key: value.cpu() for key, value in state.items()}, self.folder / name)
         return self.folder / name
 
     def picture(self, name, figure):

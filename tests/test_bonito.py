@@ -141,6 +141,9 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(finetune_basecaller, "draw_calls", lambda *_: Figure())
 
 
+UNCHANGED = dict.fromkeys(("gain_jitter", "offset_jitter", "time_warp", "mask_chance"), 0.0)  # the chunks, in training
+
+
 def finetune(folder, run, **changes):
     settings = {"size": "tiny", "device": "cpu", "chunk_len": LENGTH, "batch_size": 8, "epochs": 1, "warmup_steps": 0}
     finetune_basecaller.main(finetune_basecaller.Args(data=(folder,), run_dir=run, **settings | changes))
@@ -197,7 +200,7 @@ def test_the_model_is_given_the_arrays(tmp_path, given, types, order, parts):
         assert len(load(folder)[0]) == used
     expected = {split: pairs(arrays) for split, arrays in load_both(folders[0]).items()}
     batch_size = 4 if len(parts) == 2 else 1  # so that no chunk is left over
-    finetune(folders[0], tmp_path / "run", batch_size=batch_size, gain_jitter=0.0, mask_chance=0.0, offset_jitter=0.0)
+    finetune(folders[0], tmp_path / "run", batch_size=batch_size, **UNCHANGED)
     if len(parts) == 2:
         assert given["validation"] == expected["validation"]
         assert sorted(given["training"]) == sorted(expected["training"])
@@ -210,7 +213,7 @@ def test_the_model_is_given_the_arrays(tmp_path, given, types, order, parts):
 def test_batches_are_of_whole_chunks_padded_to_their_longest(tmp_path, given):
     write(tmp_path / "arrays", easy_arrays(40, 1))
     write(tmp_path / "arrays/validation", easy_arrays(5, 2))
-    finetune(tmp_path / "arrays", tmp_path / "run", gain_jitter=0.0, mask_chance=0.0, offset_jitter=0.0, max_steps=3)
+    finetune(tmp_path / "arrays", tmp_path / "run", **UNCHANGED, max_steps=3)
     known = pairs(load(tmp_path / "arrays"))
     assert len(given["training"]) == 24 and all(pair in known for pair in given["training"])
 

@@ -12,6 +12,7 @@ import finetune_basecaller
 from benchmark.plot_runs import read_metrics
 from common import InputError
 from common.args import parse_args
+from common.augment import time_warp
 from common.chunks import Chunks, open_data
 from common.ctc import best_path, ctc_steps_needed, identity
 from common.pore_model import PoreModel
@@ -253,10 +254,24 @@ def test_events_are_hidden_in_a_share_of_the_chunks(few):
     batch = Chunks(open_data([few]), 400, "training", labelled=True).batch(0, 0, 40)
     for chance in (0.0, 0.4, 1.0):
         torch.manual_seed(0)
-        args = Args(mask_chance=chance, gain_jitter=0, offset_jitter=0)
+        args = Args(mask_chance=chance, gain_jitter=0, offset_jitter=0, time_warp=0)
         changed = finetune_basecaller.augment(batch, args) != batch.signal
         assert changed.any(1).float().mean() == pytest.approx(chance, abs=0.2 * (0 < chance < 1))
         assert changed[changed.any(1)].float().mean() == pytest.approx(0.25, abs=0.1) or chance == 0
+
+
+def test_speeds_change_by_the_strength_asked_for(few):
+    """The current of the first sample and the last stay; between them the samples run ahead or fall behind."""
+    batch = Chunks(open_data([few]), 400, "training", labelled=True).batch(0, 0, 40)
+    torch.manual_seed(0)
+    args = Args(mask_chance=0, gain_jitter=0, offset_jitter=0)
+    warped = finetune_basecaller.augment(batch, args)
+    torch.manual_seed(0)
+    for size in ((40, 1), (40, 1), batch.signal.shape):  # gain, offset, noise
+        torch.randn(size)
+    expected, _ = time_warp(batch.signal, batch.lengths, 0.2)
+    assert torch.equal(warped, expected) and not torch.equal(warped, batch.signal)
+    assert torch.equal(warped[:, [0, -1]], batch.signal[:, [0, -1]])
 
 
 @pytest.mark.parametrize("words", ["--tune", "--steps 9"])

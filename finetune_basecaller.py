@@ -52,12 +52,13 @@ from masked import find_events, hide
 
 STEPS_PER_FRAME = 2
 VALIDATE_EVERY = 50  # steps, or each epoch where one is longer
+LEAST_STEPS = 1000  # however few the labelled reads are, if neither --epochs nor --steps is given
 
-# Used where an argument is not given. tiny and small: docs/results/studies.md; thesis: not tried, a guess.
+# Used where an argument is not given. tiny: docs/results/studies.md; small: not searched; thesis: not tried, a guess.
 RECIPES = {
     "thesis": {"chunk_len": 3600, "lr": 5e-4, "batch_size": 32, "epochs": 20, "dropout": 0.1},
     "small": {"chunk_len": 1200, "lr": 1e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},
-    "tiny": {"chunk_len": 1200, "lr": 2e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},
+    "tiny": {"chunk_len": 1200, "lr": 8e-3, "batch_size": 32, "epochs": 30, "dropout": 0.0},
 }
 
 
@@ -74,7 +75,7 @@ class Args:
     encoder: Literal["wide", "thin"] = "wide"
     """its encoder, that of the weights; thin for those of cpc.py --encoder thin, and for their baseline"""
     label_fraction: Fraction = 1.0
-    """train on this share of the labelled reads; an epoch shrinks with it, so give --steps to keep them"""
+    """train on this share of the labelled reads; an epoch shrinks with it"""
     shared_data: bool = False
     """pretraining was given the same --data: train on the one read in six that it left out"""
     tune: bool = False
@@ -107,7 +108,7 @@ class Args:
     ema: Probability = 0.99
     """momentum of the average of the weights, which is what is validated and saved; 0 for the weights themselves"""
     epochs: PositiveInt | None = None
-    """passes over the training reads; the cosine ends with them; by size if not given"""
+    """passes over the training reads; the cosine ends with them; by size, and 1000 steps at least, if not given"""
     steps: PositiveInt | None = None
     """this many steps rather than --epochs; the cosine ends with them"""
     max_steps: PositiveInt | None = None
@@ -282,6 +283,7 @@ def load_weights(model, path, new_head):
 
 
 def main(args):
+    least = 0 if args.epochs else LEAST_STEPS
     for name, value in RECIPES[args.size].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -310,7 +312,7 @@ def main(args):
                 "identity is also a test of memory; test on reads of another genome, or of another part of it"
             )
     steps_per_epoch = chunks.steps_per_epoch(args.batch_size)
-    total = args.steps or args.epochs * steps_per_epoch
+    total = args.steps = args.steps or max(least, args.epochs * steps_per_epoch)
     validate_every = steps_per_epoch * math.ceil(VALIDATE_EVERY / steps_per_epoch)
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:

@@ -151,7 +151,7 @@ def plan(args):
     passes = 8 / 3 * args.pretraining_epochs * epoch * BATCH * CHUNK / recipe["chunk_len"]
     fixed = {"raw": shlex.join(map(str, args.pretraining_data)), "labelled": shlex.join(map(str, args.labelled_data))}
     fixed |= {"epochs": args.pretraining_epochs, "long": math.ceil(passes / recipe["batch_size"])}
-    fixed |= {"simulated": simulated, "simulated_lr": 2 * recipe["lr"]}
+    fixed |= {"simulated": simulated, "simulated_lr": recipe["lr"] / 2}
     best = {fraction: args.lr or tuned_learning_rate(args, fraction) or recipe["lr"] for fraction in args.fractions}
     for seed, arm, fraction, lr in product(args.seeds, arms, args.fractions, (args.lr,) if args.lr else rates):
         chunks = Chunks(stores, recipe["chunk_len"], "training", True, share, fraction, seed)

@@ -71,7 +71,7 @@ def rows_of(*columns):
 def test_the_real_scripts_make_a_row(args):
     assert main(args(methods=("cpc",))) == 0
     (row,) = read_rows("small").values()
-    assert (row["arm"], row["split"], row["validation_reads"], row["lr"]) == ("cpc", "validation", "2", "0.002")
+    assert (row["arm"], row["split"], row["validation_reads"], row["lr"]) == ("cpc", "validation", "2", "0.008")
     assert float(row["loss"]) > 0 and row["commit"] == row["pretraining_commit"] != "" and row["hardware"]
     (run,) = Path("runs/evidence").glob(f"{TUNE}-????????")
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -111,7 +111,7 @@ def test_a_stopped_script_goes_on(args, calls, monkeypatch, left, word, commits)
 def test_a_failed_job_is_named_and_the_others_are_done(args, calls, capsys):
     calls.how = {"moco": 1}
     failed = main(args(methods=("simulated+moco", "simulated")))  # sys.exit prints it, and the exit code is 1
-    assert failed == "failed: simulated+moco, 1 of the labels, lr 0.002, seed 0"
+    assert failed == "failed: simulated+moco, 1 of the labels, lr 0.008, seed 0"
     assert [script for script, *_ in calls] == [TUNE, "moco", TUNE]
     assert rows_of("arm") == [("simulated",)] and "python moco.py --data" in capsys.readouterr().err
 
@@ -123,7 +123,7 @@ def test_a_job_of_another_process_is_skipped(args, calls, capsys):
     with FileLock(f"{pretrained}.lock"):
         assert main(args(methods=("barlow", "scratch"))) == 0
     assert rows_of("arm") == [("scratch",)]
-    assert "barlow, 1 of the labels, lr 0.002, seed 0: another process is at it\n" in capsys.readouterr().out
+    assert "barlow, 1 of the labels, lr 0.008, seed 0: another process is at it\n" in capsys.readouterr().out
 
 
 def test_rows_are_added_side_by_side_to_those_there(args):

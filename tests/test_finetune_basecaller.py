@@ -1,6 +1,7 @@
 """The basecaller: CTC against enumeration, its head and schedule, and runs that learn, freeze and resume."""
 
 import itertools
+import json
 import sys
 
 import numpy as np
@@ -272,6 +273,12 @@ def test_speeds_change_by_the_strength_asked_for(few):
     expected, _ = time_warp(batch.signal, batch.lengths, 0.2)
     assert torch.equal(warped, expected) and not torch.equal(warped, batch.signal)
     assert torch.equal(warped[:, [0, -1]], batch.signal[:, [0, -1]])
+
+
+@pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"epochs": 4}, 12), ({"epochs": 4, "steps": 7}, 7)])
+def test_few_reads_are_trained_on_for_1000_steps_if_nothing_else_is_asked_for(few, tmp_path, no_picture, asked, steps):
+    main(small_args(few, tmp_path / "run", max_steps=1, **{"epochs": None} | asked))
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["steps"] == steps
 
 
 @pytest.mark.parametrize("words", ["--tune", "--steps 9"])

@@ -120,7 +120,7 @@ def main(args):
     for store in stores:
         print("\n".join(store.report()))
     if basecalls:
-        print(basecalls.report(read_id.decode() for read_id in stores[0].reads["id"]))
+        print(basecalls.report(stores[0].reads))
     print("audit:")
     audit(stores, args.chunk_len)
     print(f"wrote {args.out}")

@@ -380,7 +380,9 @@ def test_coverage_and_identity(one, reverse):
     assert 0.4 < coverage < 0.8 and 0.5 < identity < 0.9
     for name, value, reason in (("coverage", coverage, "aligned over less"), ("identity", identity, "identity below")):
         record = aligned(read, "a", contigs := {}, reverse)
-        is_true(one(record, read.samples, contigs, options={f"min_{name}": value - 1e-9}), read)
+        kept = one(record, read.samples, contigs, options={f"min_{name}": value - 1e-9})
+        is_true(kept, read)
+        assert (kept.identity, kept.coverage) == (pytest.approx(identity), pytest.approx(coverage))
         result = one(record, read.samples, contigs, options={f"min_{name}": value + 1e-9})
         assert isinstance(result, Rejected) and reason in result.reason
         whole = make(0, edits=(0, 0, 0, 0))
@@ -485,6 +487,8 @@ def test_the_store_and_its_account(tmp_path, command, capsys):
     )
 
     store, signals = ReadStore(out), {read.id: normalised(read)[0] for read in raw_reads(raw)}
+    assert store.reads["identity"].min() >= 0.7 and store.reads["identity"].max() <= 1
+    assert store.reads["coverage"].min() >= 0.5 and store.reads["coverage"].max() <= 1
     made = {name: (reads[name], 0) for name in ids[:4]} | {f"{ids[13]}:{sp}": (parts[sp], sp) for sp in parts}
     assert {row["id"].decode() for row in store.reads} == made.keys()
     for row in store.reads:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -44,6 +45,15 @@ def entries(folder):
 
 
 # ------------------------------------------------------------------------------------------------------- read store
+
+
+def test_a_store_without_identity_and_coverage_still_opens(few, tmp_path):
+    """Written before the table had these columns."""
+    shutil.copytree(few, tmp_path / "old")
+    table = np.load(few / "reads.npy")
+    assert table.dtype.names[-2:] == ("identity", "coverage") and not table["identity"].any()
+    np.save(tmp_path / "old" / "reads.npy", table[list(table.dtype.names[:-2])].astype(table.dtype.descr[:-2]))
+    assert (ReadStore(tmp_path / "old").reads == table).all()
 
 
 def test_store_of_unlabelled_reads(tmp_path):

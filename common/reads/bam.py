@@ -12,6 +12,7 @@ import functools
 import re
 from array import array
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import pysam
 from tqdm import tqdm
 
 from common import InputError
-from common.reads.formats import RawRead, Rejected, first_line, listed
+from common.reads.formats import Rejected, first_line, listed
 
 CODES = np.zeros(256, np.uint8)  # of letters: 1-4 = ACGT, 0 for any other
 CODES[np.frombuffer(b"ACGTacgt", np.uint8)] = [1, 2, 3, 4] * 2
@@ -78,7 +79,6 @@ class Basecalls:
     def __init__(self, paths, reference=None, min_coverage=0.0, min_identity=0.0, called=False):
         self.min_coverage, self.min_identity, self.keep_called = min_coverage, min_identity, called
         self.files, self.places, self.found = bam_files(paths), {}, set()
-        self.identities = {}  # by id, in percent; None where the bases are the called ones
         self.open = functools.lru_cache(64)(_open)  # runs come in thousands of files
         self.reference = None
         if reference:
@@ -158,18 +158,18 @@ class Basecalls:
         starts = _base_starts(record, len(raw.dacs), bam.dorado)
         if isinstance(starts, str):
             return Rejected(raw.id, starts)
-        bases, identity = _in_signal_order(record, record.query_sequence, rna), None
+        bases, identity, coverage = _in_signal_order(record, record.query_sequence, rna), 0.0, 0.0
         if bam.aligned and not self.keep_called:
             labels = self._reference_bases(record, bases, starts, rna, path)
             if isinstance(labels, str):
                 return Rejected(raw.id, labels)
             bases, starts, identity = labels
+            coverage = record.query_alignment_length / len(record.query_sequence)
         if not bases.all():
             return Rejected(raw.id, "bases other than A, C, G and T")
         # what follows the colon does not count for the split: parts stay with their parent
         read_id = f"{raw.id}:{record.get_tag('sp')}" if record.has_tag("pi") else raw.id
-        self.identities.setdefault(read_id, identity)  # a read that comes again is not kept
-        return RawRead(read_id, raw.dacs, raw.offset, raw.scale, raw.sample_rate, raw.rna, bases, starts)
+        return replace(raw, id=read_id, bases=bases, base_starts=starts, identity=identity, coverage=coverage)
 
     def _reference_bases(self, record, called, starts, rna, path):
         """The reference's bases 1-4, the first sample of each and the end, and the identity; or why there are none."""
@@ -203,7 +203,7 @@ class Basecalls:
         first, end = reference[0], reference[-1] + 1
         of_query = np.interp(np.arange(first, end + 1), [*reference, end], [*query, query[-1] + 1])
         starts = np.interp(of_query, np.arange(len(starts)), starts).round().astype(np.int64)
-        return bases[first:end], starts, 100 * identity
+        return bases[first:end], starts, identity
 
     def _from_fasta(self, record, path):
         """The reference under an alignment, as letters, introns left out; None if --reference lacks it."""
@@ -222,12 +222,11 @@ class Basecalls:
                 place += count
         return "".join(pieces)
 
-    def report(self, ids):
-        """A line that says where the labels of the reads `ids`, which were kept, come from."""
-        kept = [self.identities[read_id] for read_id in ids]
-        identities = [identity for identity in kept if identity is not None]
-        mean = f", of mean identity {np.mean(identities):.1f} %" if identities else ""
-        called = len(kept) - len(identities)
+    def report(self, reads):
+        """A line that says where the labels of `reads`, a table of READ_DTYPE, come from."""
+        identities = reads["identity"][reads["coverage"] > 0]
+        mean = f", of mean identity {100 * identities.mean():.1f} %" if len(identities) else ""
+        called = len(reads) - len(identities)
         return f"labels: {called} reads with called bases, {len(identities)} with the reference's{mean}"
 
     def unused(self):

@@ -33,6 +33,9 @@ class RawRead:
     rna: bool = False  # direct RNA passes the pore from 3' to 5'
     bases: np.ndarray | None = None  # (bases,) uint8
     base_starts: np.ndarray | None = None  # (bases + 1,) int64, the last is the end of the last base
+    identity: float = 0.0  # of the basecall that the bases come from to the reference; 0 if there was no alignment
+    coverage: float = 0.0
+    split: int = -1  # 0 training, 1 validation, -1 by the hash of the id
 
 
 class Rejected(NamedTuple):

@@ -41,8 +41,12 @@ READ_DTYPE = np.dtype(
         ("bases_length", "i8"),  # 0: unlabelled
         ("whole", "?"),  # labels belong to the read as a whole (Bonito): it cannot be cut
         ("split", "i1"),  # 0 training, 1 validation, -1 by the hash of the id
+        # of the basecall's alignment to the reference whose bases the read has, 0 if there was none:
+        ("identity", "f4"),  # share of matches in the alignment
+        ("coverage", "f4"),  # share of the called bases in the alignment
     ]
 )
+BEFORE_IDENTITY = np.dtype(READ_DTYPE.descr[:-2])  # tables written before there were these two columns
 
 
 class StoreWriter:
@@ -55,9 +59,11 @@ class StoreWriter:
         self.bases = NpyWriter(folder / "bases.npy", np.uint8)
         self.base_starts = NpyWriter(folder / "base_starts.npy", np.int32)
 
-    def add(self, read_id, signal, bases=(), base_starts=(), sample_rate=0, shift=0, scale=1, whole=False, split=-1):
-        row = (read_id.encode(), self.signal.rows, len(signal), sample_rate, shift, scale)
-        self.reads.append((*row, self.bases.rows, len(bases), whole, split))
+    def add(self, read_id, signal, bases=(), base_starts=(), **columns):
+        row = {"sample_rate": 0, "shift": 0, "scale": 1, "whole": False, "split": -1, "identity": 0, "coverage": 0}
+        row |= {"id": read_id.encode(), "start": self.signal.rows, "length": len(signal)}
+        row |= {"bases_start": self.bases.rows, "bases_length": len(bases)} | columns
+        self.reads.append(tuple(row[name] for name in READ_DTYPE.names))
         self.signal.append(signal)
         self.bases.append(bases)
         self.base_starts.append(base_starts)
@@ -82,7 +88,8 @@ class StoreWriter:
                 first, end = raw.base_starts[[0, -1]]
                 signal, bases, starts = signal[first:end], raw.bases, raw.base_starts[:-1] - first
             if len(signal) >= min_len:
-                self.add(raw.id, signal, bases, starts, raw.sample_rate, shift, scale)
+                columns = {name: getattr(raw, name) for name in ("sample_rate", "split", "identity", "coverage")}
+                self.add(raw.id, signal, bases, starts, shift=shift, scale=scale, **columns)
                 self.ids.add((raw.id, labelled))  # the same read with and without bases is of use for both
                 return
             result = "empty" if min_len <= 1 else f"shorter than {min_len} samples"
@@ -150,6 +157,10 @@ class ReadStore:
                 raise ValueError("written by another version")
             self.report()  # which needs all that should be there
             self.reads = np.array(load_npy(self.path / "reads.npy"))
+            if self.reads.dtype == BEFORE_IDENTITY:
+                table = np.zeros(self.reads.shape, READ_DTYPE)
+                table[list(BEFORE_IDENTITY.names)] = self.reads
+                self.reads = table
             self.signal, self.bases, self.base_starts = (
                 load_npy(self.path / f"{name}.npy") for name in ("signal", "bases", "base_starts")
             )

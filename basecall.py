@@ -215,6 +215,18 @@ def trained_chunk_len(path):
         return 1200
 
 
+def open_basecaller(weights, attention_window, device):
+    """The Basecaller of the file `weights`. attention_window: as in Args, in samples, or None."""
+    try:
+        model = Basecaller.from_state_dict(load_tensors(weights)).to(device)
+    except ValueError as error:
+        raise InputError(f"{weights}: {error}; give the basecaller.pt of a fine-tuning run") from error
+    if attention_window is None:
+        attention_window = trained_chunk_len(weights.parent / "args.json") // 2
+    model.pore_model.window = attention_window // HOP
+    return model
+
+
 def main(args):
     if not args.data:
         raise InputError("no input; name raw files or folders of them")
@@ -228,13 +240,7 @@ def main(args):
     if args.beam_size > 1 and not importlib.util.find_spec("fast_ctc_decode"):
         raise InputError(f"--beam-size {args.beam_size}: pip install fast-ctc-decode, or leave it out")
     device = pick_device(args.device)
-    try:
-        model = Basecaller.from_state_dict(load_tensors(args.weights)).to(device)
-    except ValueError as error:
-        raise InputError(f"{args.weights}: {error}; give the basecaller.pt of a fine-tuning run") from error
-    if args.attention_window is None:
-        args.attention_window = trained_chunk_len(args.weights.parent / "args.json") // 2
-    model.pore_model.window = args.attention_window // HOP
+    model = open_basecaller(args.weights, args.attention_window, device)
     files = {file: file in args.data for path in args.data for file in raw_files(path)}  # whether named itself
     total = sum(map(count_reads, files))
 

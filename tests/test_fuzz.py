@@ -101,7 +101,7 @@ def opened(path, good):
     if path.suffix == ".bam":
         basecalls = Basecalls([path], good / "reference.fasta" if path.name == "reference.bam" else None)
         path = good / "called.pod5"
-    return prepare([path], out, basecalls=basecalls)
+    return prepare([path], out, labels=basecalls)
 
 
 def content(store, whole=True):

@@ -132,6 +132,11 @@ class Basecalls:
             raw_id = record.get_tag("pi") if record.has_tag("pi") else record.query_name
             self.places.setdefault(str(raw_id), []).append(place)
 
+    def labelled(self, raws):
+        """Yields each of `raws` with its bases, or Rejected; of a split read each part."""
+        for raw in raws:
+            yield from self.label(raw)
+
     def label(self, raw):
         """A list of the RawRead `raw` with its bases, or Rejected; one for each part of a split read."""
         self.found.add(raw.id)
@@ -158,7 +163,7 @@ class Basecalls:
         starts = _base_starts(record, len(raw.dacs), bam.dorado)
         if isinstance(starts, str):
             return Rejected(raw.id, starts)
-        bases, identity, coverage = _in_signal_order(record, record.query_sequence, rna), 0.0, 0.0
+        bases, identity, coverage = in_signal_order(record.query_sequence, record.is_reverse, rna), 0.0, 0.0
         if bam.aligned and not self.keep_called:
             labels = self._reference_bases(record, bases, starts, rna, path)
             if isinstance(labels, str):
@@ -178,7 +183,7 @@ class Basecalls:
         contig = record.reference_id >= 0 and record.header.get_reference_length(record.reference_name)
         if record.reference_start < 0 or (record.reference_end or 0) > contig:
             return "aligned beyond the end of the reference"
-        query, reference, length, other = _columns(record)
+        query, reference, length, other = columns(record.cigartuples or [])
         if not len(query):
             return "aligned without a match"
         if self.reference is not None:
@@ -191,7 +196,7 @@ class Basecalls:
                 return "MD tag that does not fit the alignment"
         else:
             raise InputError(f"--bam {path}: aligned, without MD tags; give the --reference it was aligned to")
-        bases = _in_signal_order(record, sequence, rna)
+        bases = in_signal_order(sequence, record.is_reverse, rna)
         if record.is_reverse != rna:
             query, reference = len(called) - 1 - query[::-1], length - 1 - reference[::-1]
         identity = (called[query] == bases[reference]).sum() / (len(query) + other)
@@ -265,25 +270,25 @@ def _base_starts(record, samples, dorado):
     return np.append(starts, min(first + trimmed + len(moves) * stride, end))
 
 
-def _in_signal_order(record, letters, rna):
+def in_signal_order(letters, reverse, rna):
     """Letters of the read or the reference, as the BAM has them, as bases 1-4 in the order they passed the pore.
 
     A read on the reverse strand stands in the BAM as its complement, backwards. RNA passes the pore from 3' to 5'.
     """
     bases = CODES[np.frombuffer(letters.encode(), np.uint8)]
-    if record.is_reverse:
+    if reverse:
         bases = np.where(bases > 0, 5 - bases, 0).astype(np.uint8)
-    return bases[::-1] if record.is_reverse != rna else bases
+    return bases[::-1] if reverse != rna else bases
 
 
-def _columns(record):
-    """The positions (columns,) in read and reference that are aligned to each other.
+def columns(cigar):
+    """The positions (columns,) in read and reference that a CIGAR, some (operation, count), aligns to each other.
 
     They count as the BAM has them: the read with its soft clips, the reference from the alignment's first base on,
     without introns. Then the length of that reference, and the number of inserted and deleted bases.
     """
     query, reference, q, r, other = [np.zeros(0, int)], [np.zeros(0, int)], 0, 0, 0
-    for operation, count in record.cigartuples or []:
+    for operation, count in cigar:
         if operation in ALIGNED:
             query.append(np.arange(q, q + count))
             reference.append(np.arange(r, r + count))

@@ -69,6 +69,14 @@ class StoreWriter:
         self.base_starts.append(base_starts)
         self.kept["labelled" if len(bases) else "unlabelled"] += 1
 
+    def counted(self, raws, bar):
+        """Yields `raws`, counted as read."""
+        for raw in raws:
+            self.raw_reads += 1
+            self.samples += 0 if isinstance(raw, Rejected) else len(raw.dacs)
+            yield raw
+            bar.update()
+
     def add_raw(self, raw, min_len, labelled_only):
         """Normalises a RawRead over the whole read, cuts a labelled one to its mapped part, and keeps or counts it."""
         if isinstance(raw, Rejected):
@@ -115,11 +123,11 @@ class StoreWriter:
         (self.folder / "store.json").write_text(json.dumps(info, indent=1))
 
 
-def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
+def prepare(paths, out, min_len=1, labelled_only=False, labels=None):
     """Reads raw files, folders of them and Bonito folders into a new read store, the folder `out`, and opens it.
 
-    With the Basecalls of a BAM, reads get their bases from there, or are left out. InputError if a file that is named
-    itself cannot be opened, or nothing can be kept; `out` appears when it is whole.
+    labels: the Basecalls of a BAM or a Genome, which gives reads their bases, or says why they are left out. InputError
+    if a file that is named itself cannot be opened, or nothing can be kept; `out` appears when it is whole.
     """
     paths = [Path(path) for path in paths]
     files = [(file, file in paths) for path in paths for file in ([path] if is_bonito(path) else raw_files(path))]
@@ -132,14 +140,11 @@ def prepare(paths, out, min_len=1, labelled_only=False, basecalls=None):
                 if is_bonito(file):
                     store.add_bonito(bonito_reads(file))
                     continue
-                for raw in reads_of(file, named):
-                    store.raw_reads += 1
-                    store.samples += 0 if isinstance(raw, Rejected) else len(raw.dacs)
-                    for labelled in basecalls.label(raw) if basecalls else [raw]:
-                        store.add_raw(labelled, min_len, labelled_only)
-                    bar.update()
-        if basecalls:
-            store.left_out += basecalls.unused()
+                raws = store.counted(reads_of(file, named), bar)
+                for raw in labels.labelled(raws) if labels else raws:
+                    store.add_raw(raw, min_len, labelled_only)
+        if labels:
+            store.left_out += labels.unused()
         if not store.reads:
             raise InputError(f"{', '.join(map(str, paths))}: no read can be used (left out: {listed(store.left_out)})")
         store.close(sources=[str(path) for path in paths])

@@ -2,6 +2,7 @@
 
     python prepare_data.py reads/ more.pod5 -o store/
     python prepare_data.py reads/ --bam calls.bam -o store/
+    python prepare_data.py reads/ --reference genome.fasta --basecaller basecaller.pt -o store/
     python prepare_data.py store/ -o arrays/ --bonito
 
 Scripts that are given raw reads prepare them on their own, once. Do it yourself to see the audit, to keep the store
@@ -18,15 +19,18 @@ import tyro
 from pydantic import PositiveInt
 from tqdm import tqdm
 
+import basecall
 from common import InputError
 from common.args import Share, parse_args
 from common.chunks import Chunks, open_data
-from common.ctc import ctc_steps_needed
+from common.ctc import best_path, ctc_steps_needed
+from common.device import pick_device
 from common.pore_model import frames_of
 from common.reads.bam import Basecalls
 from common.reads.bonito import write_bonito
 from common.reads.files import written_whole
 from common.reads.formats import is_bonito
+from common.reads.genome import Genome, open_genome
 from common.reads.kmers import shared_kmers
 from common.reads.store import prepare
 
@@ -40,16 +44,23 @@ class Args:
     chunk_len: PositiveInt = 3600
     """samples per chunk; reads shorter than one are left out"""
     labelled_only: bool = False
-    """leave out reads without bases, as --bonito and --bam always do"""
+    """leave out reads without bases, as --bonito, --bam and --basecaller always do"""
     bam: tuple[Path, ...] = ()
     """basecalls of the reads with move tables (dorado basecaller --emit-moves), files or folders of them: their bases
     become the labels, or where they are aligned the reference's"""
     reference: Path | None = None
-    """FASTA of what the BAM is aligned to; not needed if it has MD tags"""
+    """FASTA of the genome, with --basecaller; or of what the BAM is aligned to, not needed if it has MD tags"""
+    basecaller: Path | None = None
+    """a basecaller.pt of finetune_basecaller.py: calls the reads, aligns the calls to --reference, and places its bases
+    in the signal; needs mappy"""
+    validation_region: tuple[str, ...] = ()
+    """with --basecaller: the parts of the genome, CONTIG or CONTIG:FIRST-LAST, whose reads are validation; if not
+    given, one in eight of its windows, by hash"""
     min_coverage: Share = 0.5
     """leave out aligned reads with less than this share of the called bases in the alignment"""
-    min_identity: Share = 0.7
-    """leave out aligned reads with less than this share of matches in the alignment"""
+    min_identity: Share | None = None
+    """leave out aligned reads with less than this share of matches in the alignment; 0.7 if not given, and 0.6 with
+    --basecaller"""
     bonito: bool = False
     """write the labelled reads as Bonito's training arrays: chunks.npy, references.npy, reference_lengths.npy"""
 
@@ -98,29 +109,52 @@ def export_bonito(stores, out, chunk_len):
             write_bonito(part, batches, chunk_len, longest)
 
 
+def genome_of(args):
+    """The Genome that labels reads by the basecaller."""
+    device, settings = pick_device("auto"), basecall.Args(args.basecaller, args.data, args.out)
+    model = basecall.open_basecaller(args.basecaller, None, device)
+
+    def call(reads):
+        for raw, log_probs in basecall.log_probabilities(model, reads, settings, device):
+            log_probs = log_probs[: -(-len(raw.dacs) // basecall.STRIDE)]  # the last frame may go on beyond the signal
+            yield raw, log_probs.double().numpy(), *best_path(log_probs)
+
+    min_identity = 0.6 if args.min_identity is None else args.min_identity
+    aligner = open_genome(args.reference)
+    return Genome(aligner, call, basecall.STRIDE, args.min_coverage, min_identity, args.validation_region)
+
+
 def main(args):
     if not args.data:
         raise InputError("no input; name raw files, folders of them or a read store")
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists; choose another folder or remove it")
-    basecalls = None
-    if args.bam:
+    labels, source = None, "--bam" if args.bam else "--basecaller" if args.basecaller else None
+    if source:
         if args.bonito:
-            raise InputError("--bonito: not with --bam; prepare a read store with --bam, then give that with --bonito")
+            raise InputError(f"--bonito: not with {source}; prepare a read store first, then give that with --bonito")
         if any(is_bonito(path) for path in args.data):
-            raise InputError("--bam: Bonito's arrays have bases of their own; give raw reads")
-        basecalls = Basecalls(args.bam, args.reference, args.min_coverage, args.min_identity)
+            raise InputError(f"{source}: Bonito's arrays have bases of their own; give raw reads")
     elif args.reference:
-        raise InputError("--reference: has no use without --bam")
+        raise InputError("--reference: has no use without --basecaller or --bam")
+    if args.basecaller and (args.bam or not args.reference):
+        raise InputError("--basecaller: give it the genome, --reference, and no --bam")
+    if args.validation_region and not args.basecaller:
+        raise InputError("--validation-region: has no use without --basecaller")
+    if args.bam:
+        min_identity = 0.7 if args.min_identity is None else args.min_identity
+        labels = Basecalls(args.bam, args.reference, args.min_coverage, min_identity)
+    elif args.basecaller:
+        labels = genome_of(args)
     if args.bonito:
         stores = open_data(args.data)
         export_bonito(stores, args.out, args.chunk_len)
     else:
-        stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only, basecalls)]
+        stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only, labels)]
     for store in stores:
         print("\n".join(store.report()))
-    if basecalls:
-        print(basecalls.report(stores[0].reads))
+    if labels:
+        print(labels.report(stores[0].reads))
     print("audit:")
     audit(stores, args.chunk_len)
     print(f"wrote {args.out}")

@@ -532,7 +532,7 @@ def test_the_account_counts_each_read_once(tmp_path, command, capsys):
         ("a.pod5 --bam no-md.bam", "--bam .*no-md.bam: aligned, without MD.*--reference"),
         (". --bam no-md.bam", "--bam .*no-md.bam: aligned, without MD.*--reference"),
         ("a.pod5 --bam calls.bam --bonito", "--bonito: not with --bam"),
-        ("a.pod5 --reference ref.fa", "--reference: has no use without --bam"),
+        ("a.pod5 --reference ref.fa", "--reference: has no use without --basecaller or --bam"),
     ],
 )
 def test_errors_name_the_file_or_the_argument(tmp_path, monkeypatch, command, words, message):

@@ -99,7 +99,10 @@ class Basecalls:
         if len(kinds) == 2:
             raise InputError(f"--bam: {kinds[True]} is aligned and {kinds[False]} is not; give BAMs of one kind")
         if reference and False in kinds:
-            raise InputError(f"--reference: {kinds[False]} is not aligned; align it, as with dorado aligner")
+            raise InputError(
+                f"--reference: {kinds[False]} is not aligned; align it, as with dorado aligner, "
+                "or give --basecaller in its place"
+            )
         reasons = Counter(place for places in self.places.values() for place in places if isinstance(place, str))
         if sum(reasons.values()) == sum(map(len, self.places.values())):
             names = ", ".join(map(str, paths))

@@ -275,7 +275,7 @@ def test_speeds_change_by_the_strength_asked_for(few):
     assert torch.equal(warped[:, [0, -1]], batch.signal[:, [0, -1]])
 
 
-@pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"epochs": 4}, 12), ({"epochs": 4, "steps": 7}, 7)])
+@pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"epochs": 4}, 16), ({"epochs": 4, "steps": 7}, 7)])
 def test_few_reads_are_trained_on_for_1000_steps_if_nothing_else_is_asked_for(few, tmp_path, no_picture, asked, steps):
     main(small_args(few, tmp_path / "run", max_steps=1, **{"epochs": None} | asked))
     assert json.loads((tmp_path / "run" / "args.json").read_text())["steps"] == steps

@@ -39,10 +39,10 @@ class Args:
 
 
 @torch.no_grad()
-def identities_by_read(weights, data, chunk_len=CHUNK):
+def identities_by_read(weights, data, chunk_len=CHUNK, splits=("training", "validation")):
     """{read: identities in percent of its chunks} of the labelled reads `data`, by the basecaller.pt `weights`."""
     model, stores, found = Basecaller.from_state_dict(load_tensors(weights)).eval(), open_data((data,)), {}
-    for split in ("training", "validation"):
+    for split in splits:
         chunks = Chunks(stores, chunk_len, split, labelled=True)
         for batch in chunks.tiles(64):
             with_bases = [read for read, bases in zip(batch.reads, batch.target_lengths.tolist(), strict=True) if bases]

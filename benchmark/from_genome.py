@@ -1,0 +1,84 @@
+"""From raw reads and a genome to a basecaller, without a labelled read: call, align, label, fine-tune, again.
+
+    python -m benchmark.from_genome reads.pod5 genome.fasta --tests ecoli.hdf5
+
+Starts with a basecaller of simulated reads, or with --basecaller. Each round labels the reads with the last round's
+basecaller (prepare_data.py, needs mappy) and goes on from its weights. The table at the end has the identity of each
+round's chunks: on the held-out loci of the last round's labels, and on the labelled reads of --tests.
+"""
+
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+from tyro.conf import Positional
+
+from benchmark.demo import run
+from benchmark.unseen import identities_by_read
+from common import InputError
+from common.args import parse_args
+from common.chunks import open_data
+
+SIMULATED = 1000  # reads
+
+
+@dataclass
+class Args:
+    reads: Positional[Path]
+    """raw reads: a file, or a folder of them"""
+    genome: Positional[Path]
+    """FASTA that they come from"""
+    tests: tuple[Path, ...] = ()
+    """labelled reads of another genome"""
+    basecaller: Path | None = None
+    """a basecaller.pt to start from; one of simulated reads is trained if not given"""
+    size: Literal["thesis", "small", "tiny"] = "tiny"
+    """size of the pore model"""
+    rounds: PositiveInt = 3
+    """of labels and fine-tuning"""
+    steps: PositiveInt = 1000
+    """of each fine-tuning"""
+    seed: NonNegativeInt = 0
+    """of simulated reads, weights and batches"""
+
+
+def identity(weights, data, splits=("training", "validation")):
+    return np.mean(np.concatenate([*identities_by_read(weights, data, splits=splits).values()]))
+
+
+def main(args):
+    folder = Path("runs") / f"from_genome__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True)
+    tune = f"finetune_basecaller.py --size {args.size} --steps {args.steps} --seed {args.seed}"
+    before = args.basecaller
+    if before is None:
+        reads, before = folder / "simulated.hdf5", folder / "simulated/basecaller_last.pt"
+        run("simulate reads", f"-m common.reads.simulate {reads} --reads {SIMULATED} --seed {args.seed}")
+        run("train a basecaller on them", f"{tune} --data {reads} --lr 4e-3 --run-dir {before.parent}")
+    tried = [before]
+    for number in range(1, args.rounds + 1):
+        store, tuned = folder / f"labels{number}", folder / f"round{number}"
+        label = f"prepare_data.py {args.reads} --reference {args.genome} --basecaller {tried[-1]} -o {store}"
+        run(f"round {number}: label the reads by the genome", label)
+        run(f"round {number}: fine-tune", f"{tune} --data {store} --weights {tried[-1]} --run-dir {tuned}")
+        tried.append(tuned / "basecaller_last.pt")
+
+    print(f"\n| basecaller | reads labelled before | held-out loci | {' | '.join(test.stem for test in args.tests)} |")
+    print("|---|---|---|" + "---|" * len(args.tests))
+    for number, weights in enumerate(tried):
+        labelled = len(open_data((folder / f"labels{number}",))[0].reads) if number else ""
+        cells = [identity(weights, store, ("validation",)), *(identity(weights, test) for test in args.tests)]
+        name = f"round {number}" if number else "at the start"
+        print(f"| {name} | {labelled} | {' | '.join(f'{cell:.2f}' for cell in cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    args = parse_args(Args)
+    try:
+        main(args)
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{' '.join(error.cmd[1:])} failed; its message is above") from error

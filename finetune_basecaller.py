@@ -121,6 +121,8 @@ class Args:
     """auto: bf16 on a GPU that has it; the loss is always float32"""
     compile: bool = False
     """torch.compile the pore model"""
+    activation_checkpointing: bool = False
+    """compute what is in each layer once more for the gradients, rather than keep it: less memory, longer steps"""
     run_dir: Path | None = None
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
@@ -289,7 +291,8 @@ def main(args):
             setattr(args, name, value)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    model = Basecaller(PoreModel.of_size(args.size, args.dropout, args.encoder)).to(device)
+    pore_model = PoreModel.of_size(args.size, args.dropout, args.encoder, args.activation_checkpointing)
+    model = Basecaller(pore_model).to(device)
     if args.weights and not args.resume:
         load_weights(model, args.weights, args.new_head)
     if args.tune and args.shared_data:
@@ -317,7 +320,7 @@ def main(args):
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:
         args.warmup_steps = min(200, total // 10)
-    warn_if_slow(model.pore_model, chunks, passes=1)
+    warn_if_slow(pore_model, chunks, passes=1)
 
     run = Run(args, __file__)
     pore_model_lr = args.pore_model_lr or args.lr

@@ -11,8 +11,7 @@ a model has to learn k-mers. No second view, no negatives, nothing to collapse. 
     loss = -mean over hidden events of sum_b q_b log p_b(half-frame at its middle)   q: its bin of 32, smeared by 0.7
 
 Bins have equal mass, so to know nothing costs 5 bits; `gained` is how many of them the model knows. `floor` is how many
-the levels of both neighbours tell, p(b | left, right) ~ p(b | left) p(right | b), counted on training reads. Up to
-there, no knowledge of bases is needed.
+the levels of both neighbours tell, no bases needed: p(b | left, right) ~ p(b | left) p(right | b), of training reads.
 
 Departures from the relatives
 1. Whole events are hidden, and one sample more on each side. Spans of a fixed length would be wrong here: they begin
@@ -85,6 +84,8 @@ class Args:
     """auto: bf16 on a GPU that has it; the loss is always float32"""
     compile: bool = False
     """torch.compile the pore model"""
+    activation_checkpointing: bool = False
+    """compute what is in each layer once more for the gradients, rather than keep it: less memory, longer steps"""
     run_dir: Path | None = None
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
@@ -166,10 +167,9 @@ def forward(models, batch, args):
     middle = ((events.start + events.length / 2).long() // (HOP // 2)).clamp(max=halves.shape[1] - 1)  # (N, S)
     logits = halves.gather(1, middle[:, :, None].expand(-1, -1, BINS))  # (N, S, B)
     loss, terms = masked_loss(logits, torch.bucketize(events.level, models.edges), hidden, models.chain)
-    counts = torch.stack([(hidden * events.length).sum(1), (events.length > 0).sum(1)], dim=1)  # (N, 2)
+    counts = torch.stack([(hidden * events.length).sum(1) / signal.shape[1], (events.length > 0).sum(1)], dim=1)
     embeddings, counts = all_gather(context[:, context.shape[1] // 2], counts)
-    hidden_samples, events_per_chunk = counts.mean(0)
-    terms |= {"hidden_share": hidden_samples / signal.shape[1], "events_per_chunk": events_per_chunk}
+    terms |= dict(zip(("hidden_share", "events_per_chunk"), counts.mean(0), strict=True))
     return loss, terms, embeddings, (signal, events, hidden, logits)
 
 
@@ -195,7 +195,7 @@ def validate(models, chunks, args, device):
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size, args.dropout)
+    pore_model = PoreModel.of_size(args.size, args.dropout, checkpointing=args.activation_checkpointing)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)

@@ -5,17 +5,15 @@ He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learni
 Of two random views of a chunk (noise, dropped samples), one becomes a query, the other its key, the positive. The query
 has to find it among K negatives: the keys of past batches, kept in a queue, so that many negatives need no large batch.
 Keys come from a second pore model and projector, an exponential moving average (EMA) of the first, so that those in the
-queue stay comparable. The projectors are thrown away at the end.
+queue stay comparable. Queries and keys have length 1. The projectors are thrown away at the end.
 
     loss = -log( exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_{i = 1..K} exp(q.k_i / tau)) )      (paper, eq. 1)
-        q, k+ and the queue's k_i have length 1
     theta_k <- m theta_k + (1 - m) theta_q                                                   (paper, eq. 2)
 
 Departures
 1. From the thesis, whose denominator is the queue alone, so that the loss can fall below 0: it holds the positive too.
 2. From the paper: Adam at a constant learning rate, not SGD with steps; --warmup-steps and --cosine give a schedule.
-3. From the paper: queue and batch are the thesis's; shuffling BatchNorm is an option, --batchnorm-groups, without which
-   a query and its key are normalised with the same chunks, and may be matched by that.
+3. From the paper: queue and batch are the thesis's; shuffling BatchNorm is an option, --batchnorm-groups.
 4. The key's pore model has no dropout: a key should not depend on chance. Its BatchNorm uses its own batch.
 
     python moco.py --data reads/ --lr 3e-5 --batch-size 32
@@ -94,6 +92,8 @@ class Args:
     """auto: bf16 on a GPU that has it; the loss is always float32"""
     compile: bool = False
     """torch.compile the pore model"""
+    activation_checkpointing: bool = False
+    """compute what is in each layer once more for the gradients, rather than keep it: less memory, longer steps"""
     run_dir: Path | None = None
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
@@ -196,7 +196,7 @@ def validate(models, chunks, args, device):
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size, args.dropout)
+    pore_model = PoreModel.of_size(args.size, args.dropout, checkpointing=args.activation_checkpointing)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)

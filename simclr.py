@@ -87,6 +87,8 @@ class Args:
     """auto: bf16 on a GPU that has it; the loss is always float32"""
     compile: bool = False
     """torch.compile the pore model"""
+    activation_checkpointing: bool = False
+    """compute what is in each layer once more for the gradients, rather than keep it: less memory, longer steps"""
     run_dir: Path | None = None
     """the folder of this run; runs/<script>__<seed>__<time> if not given"""
     resume: Path | None = None
@@ -178,7 +180,7 @@ def validate(models, chunks, args, device):
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    pore_model = PoreModel.of_size(args.size, args.dropout)
+    pore_model = PoreModel.of_size(args.size, args.dropout, checkpointing=args.activation_checkpointing)
     if args.weights and not args.resume:
         pore_model.load_weights(args.weights)
     stores = open_data(args.data)

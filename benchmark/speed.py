@@ -77,6 +77,8 @@ class Args:
     """as in the scripts"""
     compile: tuple[bool, ...] = ()
     """with torch.compile, without, or both; if not given, False True on a GPU, False without one"""
+    activation_checkpointing: bool = False
+    """as in the scripts"""
     scale: bool = False
     """step time and memory against batch, chunk length and size; on a GPU until its memory ends"""
     picture: Path = Path("speed.png")
@@ -275,7 +277,8 @@ def measure(method, args, steps, padding=True):
     instead[script.Run, "steps"], instead[script.Run, "log"] = watched_steps, lambda *_, **__: None
     instead[script, "validate"], instead[script, "warn_if_slow"] = lambda *_: {}, lambda *_, **__: None
     instead[script, "LOG_EVERY"] = 10**9
-    row = {"method": method} | {name: getattr(args, name) for name in ("size", "batch_size", "chunk_len", "compile")}
+    shown = ("size", "batch_size", "chunk_len", "compile", "activation_checkpointing")
+    row = {"method": method} | {name: getattr(args, name) for name in shown}
     row["device"] = torch.cuda.get_device_name() if clock.on_gpu else f"cpu, {torch.get_num_threads()} threads"
     clock.start()  # for what is done before the first step
     try:
@@ -341,6 +344,7 @@ def main(args):
             settings = {"chunk_len": args.chunk_len, "device": args.device, "precision": args.precision} | settings
             run_dir = Path(tempfile.mkdtemp(dir=folder)) / "run"
             settings |= {"data": (Path(folder) / "store",), "epochs": 10**9, "checkpoint_minutes": 1e9}
+            settings["activation_checkpointing"] = args.activation_checkpointing
             steps *= 5 if method == "cpc" else 1  # whose time depends on the present frame, drawn anew each step
             row = measure(method, importlib.import_module(method).Args(run_dir=run_dir, **settings), steps, padding)
             row |= {"precision": precision, "matmul": ceiling}

@@ -16,7 +16,8 @@ from common import InputError
 from common.device import rank, world_size
 
 # what a resumed run may be given anew
-MAY_CHANGE = {"resume", "run_dir", "data", "max_steps", "device", "compile", "checkpoint_minutes", "track"}
+MAY_CHANGE = {"resume", "run_dir", "data", "max_steps", "device", "compile", "activation_checkpointing"}
+MAY_CHANGE |= {"checkpoint_minutes", "track"}
 
 
 def _rising(pair):

@@ -9,10 +9,12 @@ positions only, and attention does not see padded keys. Shapes: N chunks, L samp
 
 import warnings
 import zipfile
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import InputError
 from common.device import all_gather, part_of, sum_over_ranks, world_size
@@ -162,19 +164,20 @@ class TransformerLayer(nn.Module):
 class PoreModel(nn.Module):
     """Raw current to contextual features: FeatureEncoder, then a pre-norm transformer with rotary positions."""
 
-    def __init__(self, channels, layers, feed_forward, dropout=0.1, encoder="wide"):
+    def __init__(self, channels, layers, feed_forward, dropout=0.1, encoder="wide", checkpointing=False):
         super().__init__()
         self.channels = channels
         self.encoder = FeatureEncoder(channels, encoder)
         self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(channels, feed_forward, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(channels)
+        self.checkpointing = checkpointing  # of layers: see transform()
         self.window = None  # frames to either side that a frame attends to, None for all: see basecall.py
 
     @classmethod
-    def of_size(cls, size, dropout=0.1, encoder="wide"):
+    def of_size(cls, size, dropout=0.1, encoder="wide", checkpointing=False):
         """A new pore model of one of SIZES, "thesis" (32 M parameters), "small" (3.3 M) or "tiny" (0.3 M)."""
-        return cls(**SIZES[size], dropout=dropout, encoder=encoder)
+        return cls(**SIZES[size], dropout=dropout, encoder=encoder, checkpointing=checkpointing)
 
     @classmethod
     def from_state_dict(cls, state, dropout=0.1):
@@ -259,6 +262,8 @@ class PoreModel(nn.Module):
             # padding attends to itself, since attention to nothing is not a number
             mask = (distance <= self.window) & (True if mask is None else mask | (distance == 0))
         for layer in self.layers:
+            # the backward pass computes a layer once more from its input; not the encoder: BatchNorm would count twice
+            layer = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing else layer
             x = layer(x, rotation, mask)
         x = self.norm(x)
         return x if valid is None else x * valid[:, :, None]

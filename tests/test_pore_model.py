@@ -278,16 +278,29 @@ def test_dropout_is_torchs(dtype):
     assert dropout.eval()(x) is x
 
 
-def test_rows_of_any_length_share_a_compiled_graph():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_of_any_length_share_a_compiled_graph(checkpointing):
     """torch falls back to plain Python after eight graphs of the same code."""
     counter = CompileCounter()
     torch.compiler.reset()
-    model = PoreModel(64, 1, 64)
+    model = PoreModel(64, 1, 64, checkpointing=checkpointing)
     model.compile(backend=counter)
     for longest in range(200, 390, 13):  # of all remainders by 8
         model(torch.randn(3, 400), torch.tensor([longest, 90, 101]))
     torch.compiler.reset()
     assert counter.frame_count == 1
+
+
+def test_checkpointing_changes_no_bit():
+    """Neither of context, gradients and running statistics, nor of what is drawn afterwards."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = PoreModel(128, 3, 128, dropout=0.1, checkpointing=checkpointing)
+        context, _ = model(*batch(LENGTHS, torch.float32))
+        context.square().sum().backward()
+        found.append([context, gradients(model), buffers(model), torch.rand(5)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_dropout_acts_in_training_only():

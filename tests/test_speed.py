@@ -14,7 +14,7 @@ from common.pore_model import SIZES, PoreModel, frames_of
 from common.reads.simulate import write_simulated
 
 KEYS = {"method", "size", "device", "precision", "batch_size", "chunk_len", "compile", "step", "chunks_per_second"}
-KEYS |= {"parts", "peak_memory", "bound", "bound_ratio", "flops", "matmul", "utilisation"}
+KEYS |= {"activation_checkpointing", "parts", "peak_memory", "bound", "bound_ratio", "flops", "matmul", "utilisation"}
 PARTS = {"data", "views", "forward", "loss", "backward", "optimizer", "rest"}
 
 

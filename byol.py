@@ -36,12 +36,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 
 from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, Share, parse_args
-from common.augment import drop_points, noise
+from common.augment import drop_points, noise, width_kept
 from common.chunks import Chunks, open_data
 from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 
 
 @dataclass
@@ -214,7 +214,8 @@ def main(args):
     target = nn.ModuleDict({"pore_model": target_pore_model, "projector": copy.deepcopy(projector)})
     models = nn.ModuleDict({"online": online, "predictor": predictor, "target": target}).to(device)
     optimizer = torch.optim.Adam([*online.parameters(), *predictor.parameters()], fused=True)
-    warn_if_slow(pore_model, chunks, passes=8 / 3)
+    samples = width_kept(args.chunk_len, args.drop_chance[0])
+    say_cost(pore_model, models, optimizer, chunks, args, samples, trained=2, averaged=2)
     if args.compile:
         pore_model.compile(), target_pore_model.compile()
 

@@ -46,7 +46,7 @@ from common.chunks import Chunks, open_data
 from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step, world_size
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import PoreModel, frames_of
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 
 
 @dataclass
@@ -214,7 +214,7 @@ def main(args):
     prediction = Prediction(args.future_steps, pore_model.channels)
     models = nn.ModuleDict({"pore_model": pore_model, "prediction": prediction}).to(device)
     optimizer = torch.optim.Adam(models.parameters(), fused=True)
-    warn_if_slow(pore_model, chunks, passes=1)
+    say_cost(pore_model, models, optimizer, chunks, args, int(shortest), trained=1)  # of which few take more
     if args.compile:
         pore_model.encoder.compile()  # not the transformer, whose context has another length at each step
 

@@ -35,12 +35,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 
 from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, Share, parse_args
-from common.augment import drop_points, noise
+from common.augment import drop_points, noise, width_kept
 from common.chunks import Chunks, open_data
 from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 
 
 @dataclass
@@ -210,7 +210,8 @@ def main(args):
     models = nn.ModuleDict({"student": student, "teacher": teacher}).to(device)
     models.register_buffer("centre", torch.zeros(args.embedding_dim, device=device))  # c
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
-    warn_if_slow(pore_model, chunks, passes=8 / 3)
+    samples = width_kept(args.chunk_len, args.drop_chance[0])
+    say_cost(pore_model, models, optimizer, chunks, args, samples, trained=2, averaged=2)
     if args.compile:
         pore_model.compile(), teacher_pore_model.compile()
 

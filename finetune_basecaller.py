@@ -47,7 +47,7 @@ from common.device import (
 )
 from common.pore_model import HOP, PoreModel
 from common.reads.kmers import shared_kmers
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 from masked import find_events, hide
 
 STEPS_PER_FRAME = 2
@@ -320,9 +320,6 @@ def main(args):
     last = min(total, args.max_steps or total)
     if args.warmup_steps is None:
         args.warmup_steps = min(200, total // 10)
-    warn_if_slow(pore_model, chunks, passes=1)
-
-    run = Run(args, __file__)
     pore_model_lr = args.pore_model_lr or args.lr
     optimizer = torch.optim.AdamW(
         [
@@ -331,8 +328,12 @@ def main(args):
         ],
         fused=True,
     )
-    best = Best()
     average = copy.deepcopy(model)
+    models = nn.ModuleList([model, average])
+    say_cost(pore_model, models, optimizer, chunks, args, args.chunk_len, trained=1)
+
+    run = Run(args, __file__)
+    best = Best()
     parts = {"model": model, "average": average, "optimizer": optimizer, "best": best}
     first = run.resume(parts, last)
     if args.compile:

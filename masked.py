@@ -39,7 +39,7 @@ from common.chunks import Chunks, open_data
 from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step, sum_over_ranks
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import HOP, PoreModel
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 
 BINS = 32  # B
 THRESHOLD = 2.7  # of the t-statistic at a border between two events
@@ -211,7 +211,7 @@ def main(args):
     for name, value in zip(("edges", "chain"), count_levels(chunks, args), strict=True):
         models.register_buffer(name, value.to(device))
     optimizer = torch.optim.AdamW(models.parameters(), fused=True)
-    warn_if_slow(pore_model, chunks, passes=1)
+    say_cost(pore_model, models, optimizer, chunks, args, args.chunk_len, trained=1)
     if args.compile:
         pore_model.compile()
 

@@ -33,12 +33,12 @@ from torch import nn
 
 from common import InputError
 from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, Share, parse_args
-from common.augment import drop_points, noise
+from common.augment import drop_points, noise, width_kept
 from common.chunks import Chunks, open_data
 from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step, world_size
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 
 
 @dataclass
@@ -215,7 +215,8 @@ def main(args):
     models = nn.ModuleDict({"query": query, "key": key}).to(device)
     models.register_buffer("queue", F.normalize(torch.randn(args.queue, args.embedding_dim), dim=1).to(device))
     optimizer = torch.optim.Adam(query.parameters(), fused=True)
-    warn_if_slow(pore_model, chunks, passes=4 / 3)
+    samples = width_kept(args.chunk_len, args.drop_chance[0])
+    say_cost(pore_model, models, optimizer, chunks, args, samples, trained=1, averaged=1)
     if args.compile:
         pore_model.compile(), key_pore_model.compile()
 

@@ -34,12 +34,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 
 from common.args import BatchSize, ChunkLength, Probability, ProbabilityRange, parse_args
-from common.augment import drop_points, noise
+from common.augment import drop_points, noise, width_kept
 from common.chunks import Chunks, open_data
 from common.device import all_gather, autocast, average_gradients, evaluation, pick_device, seed_step
 from common.metrics import effective_rank, feature_spread
 from common.pore_model import ConvBlock, MaskedBatchNorm1d, PoreModel, frames_of, pad_frames
-from common.run import LOG_EVERY, Run, stop_if_not_finite, warn_if_slow
+from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 
 
 @dataclass
@@ -193,7 +193,8 @@ def main(args):
     projector = Projector(pore_model.channels, args.chunk_len, args.embedding_dim)
     models = nn.ModuleDict({"pore_model": pore_model, "projector": projector}).to(device)
     optimizer = torch.optim.Adam(models.parameters(), fused=True)
-    warn_if_slow(pore_model, chunks, passes=2)
+    samples = width_kept(args.chunk_len, args.drop_chance[0])
+    say_cost(pore_model, models, optimizer, chunks, args, samples, trained=2)
     if args.compile:
         pore_model.compile()
 

@@ -19,24 +19,28 @@ def noise(signal, lengths, factor=0.25):
     return noisy.where(valid_positions(lengths, signal.shape[1]), 0), lengths
 
 
+def width_kept(width, low):
+    """The width of what drop_points makes of `width` samples. The host knows it without waiting for a GPU."""
+    kept = width * (1 - low)
+    return min(width, HOP * math.ceil(max(1, kept + 6 * math.sqrt(kept * low)) / HOP))
+
+
 def drop_points(signal, lengths, low=0.25, high=0.38):
     """Drops each sample with a chance drawn for each row from U(low, high) and moves the rest together.
 
     It acts as a local change of the strand's speed. Rows end up shorter, padded on the right with zeros.
 
     So does the batch, to whole frames that have room for six standard deviations more than rows keep at `low`. What
-    does not fit is cut: nothing in a million rows. The host knows this width without waiting for a GPU, and a compiled
-    pore model meets no other.
+    does not fit is cut: nothing in a million rows. A compiled pore model meets no other width.
     """
     rows, width = signal.shape
-    kept = width * (1 - low)
-    width_kept = min(width, HOP * math.ceil(max(1, kept + 6 * math.sqrt(kept * low)) / HOP))
+    room = width_kept(width, low)
     chance = torch.empty(rows, 1, device=signal.device).uniform_(low, high)
     keep = (torch.rand_like(signal) >= chance) & valid_positions(lengths, width)
     # dropped samples go to one extra column, cut off again
-    place = torch.where(keep, (keep.cumsum(1) - 1).clamp(max=width_kept), width_kept)
-    moved = signal.new_zeros(rows, width_kept + 1).scatter_(1, place, signal)[:, :width_kept]
-    return moved.contiguous(), keep.sum(1).clamp(1, width_kept)
+    place = torch.where(keep, (keep.cumsum(1) - 1).clamp(max=room), room)
+    moved = signal.new_zeros(rows, room + 1).scatter_(1, place, signal)[:, :room]
+    return moved.contiguous(), keep.sum(1).clamp(1, room)
 
 
 def shuffle(signal, lengths, segments=8):

@@ -26,6 +26,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # The width of a head is the same everywhere, so the weights alone tell how many heads there are.
 HEAD_WIDTH = 64
 HOP = 8  # samples per frame
+ROWS = 8  # of like length, that the transformer takes at once on a CPU
 ENCODERS = {"wide": ((3, 2), (3, 2), (3, 2), (3, 1)), "thin": ((8, 8),)}  # (kernel, stride) of each block
 SIZES = {
     "thesis": {"channels": 512, "layers": 10, "feed_forward": 2048},
@@ -244,7 +245,7 @@ class PoreModel(nn.Module):
         # Rows of like length go together, so that little is padding and what a layer makes stays in the cache; a GPU,
         # where each kernel launched costs time, gets all rows at once.
         lengths, order = lengths.sort()
-        parts = zip(frames.index_select(0, order).split(8), lengths.split(8), strict=True)
+        parts = zip(frames.index_select(0, order).split(ROWS), lengths.split(ROWS), strict=True)
         parts = [self.transform(part[:, : inside[-1]], inside) for part, inside in parts]
         parts = [F.pad(part, (0, 0, 0, frames.shape[1] - part.shape[1])) for part in parts]
         return torch.cat(parts).index_select(0, order.argsort())

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common import InputError
 from common.device import all_gather_lists, all_reduce_max, rank, world_size
+from common.memory import step_memory, whole_memory
 from common.pore_model import load_tensors
 from common.reads.files import written_whole
 from common.tracking import log_picture, start_tracker
@@ -253,20 +254,36 @@ def stop_if_not_finite(step, loss, terms, batch):
         )
 
 
-def warn_if_slow(pore_model, chunks, passes):
-    """On a CPU with a large model: says how long an epoch will take, from one forward and backward.
+def say_cost(pore_model, models, optimizer, chunks, args, samples, trained, averaged=0):
+    """Says how much memory a step will take and, on a CPU with a large model, how long an epoch, from one pass.
 
-    `passes`: how many of them through the pore model a chunk takes; a forward alone counts a third.
+    samples: the width of a view; trained, averaged: passes of a chunk through a pore model with gradients, and
+    without. On a CPU with a small model it says nothing, unless memory is short.
     """
-    parameters = sum(p.numel() for p in pore_model.parameters())
-    if next(pore_model.parameters()).device.type != "cpu" or parameters < 1e6:
+    device, parameters = pore_model.norm.weight.device, sum(p.numel() for p in pore_model.parameters())
+    rows = -(-args.batch_size // world_size())
+    kept, computed_anew = (
+        step_memory(pore_model, models, optimizer, rows, samples, trained, args.precision, checkpointing) / 1e9
+        for checkpointing in (False, True)
+    )
+    taken, there = computed_anew if args.activation_checkpointing else kept, whole_memory(device) / 1e9
+    short = ""
+    if taken > 0.9 * there:
+        short = f", of {there:.1f} GB here: give a smaller --batch-size"
+        if not args.activation_checkpointing:
+            short += f", or --activation-checkpointing, which takes about {computed_anew:.1f} GB"
+    if device.type != "cpu" or parameters < 1e6:
+        if device.type != "cpu" or short:
+            print(f"a step will take about {taken:.1f} GB of memory{short}")
         return
     pore_model = copy.deepcopy(pore_model)  # so that BatchNorm's statistics stay as they are
-    signal = torch.randn(2, chunks.chunk_len)
+    signal = torch.randn(2, samples)
     start = time.perf_counter()
     pore_model(signal)[0].square().mean().backward()
+    passes = trained + averaged / 3  # a forward alone takes a third
     seconds = (time.perf_counter() - start) / len(signal) * passes * len(chunks) / world_size()
     print(
         f"no GPU: {parameters / 1e6:.0f} M parameters will take about {seconds / 3600:.1f} hours an epoch here "
-        f"({len(chunks)} chunks); --size tiny is meant for this machine"
+        f"({len(chunks)} chunks); --size tiny is meant for this machine. A step will take about {taken:.1f} GB of "
+        f"memory{short}"
     )

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import barlow
+import common.run
 from common import InputError
 from common.args import parse_args
 from common.device import pick_device, seed_step
 from common.pore_model import PoreModel, load_tensors
-from common.run import Run, save_whole, warn_if_slow
+from common.run import Run, save_whole
 
 
 def test_all_arguments_have_defaults(monkeypatch):
@@ -76,21 +77,35 @@ def test_a_device_that_is_not_there_is_named():
         pick_device("cuda")
 
 
-class TenChunks:
-    chunk_len = 400
-
-    def __len__(self):
-        return 10
+def said_of(pore_model, capsys, **changes):
+    optimizer = torch.optim.Adam(pore_model.parameters())
+    args = barlow.Args(batch_size=4, **changes)
+    common.run.say_cost(pore_model, pore_model, optimizer, range(10), args, samples=400, trained=2)
+    return capsys.readouterr().out
 
 
 def test_full_size_without_a_gpu_is_announced_and_leaves_the_model_as_it_was(capsys):
     pore_model = PoreModel.of_size("small")
     before = {key: value.clone() for key, value in pore_model.state_dict().items()}
-    warn_if_slow(pore_model, TenChunks(), passes=2)
-    assert "hours an epoch" in (said := capsys.readouterr().out) and "--size tiny" in said and "10 chunks" in said
+    said = said_of(pore_model, capsys)
+    assert "hours an epoch" in said and "--size tiny" in said and "10 chunks" in said and "0.1 GB of memory\n" in said
     assert all(torch.equal(before[key], value) for key, value in pore_model.state_dict().items())
-    warn_if_slow(PoreModel.of_size("tiny"), TenChunks(), passes=2)
-    assert capsys.readouterr().out == ""
+    assert said_of(PoreModel.of_size("tiny"), capsys) == ""
+
+
+def test_where_memory_is_short_the_line_says_what_takes_less(capsys, monkeypatch):
+    tiny = PoreModel.of_size("tiny")
+    for gigabytes in ("step_memory", "whole_memory"):
+        monkeypatch.setattr(common.run, gigabytes, lambda *given: 9e9 if given[-1:] == (True,) else 20.8e9)
+    said = said_of(tiny, capsys)
+    assert said == (
+        "a step will take about 20.8 GB of memory, of 20.8 GB here: give a smaller --batch-size, or "
+        "--activation-checkpointing, which takes about 9.0 GB\n"
+    )
+    assert said_of(tiny, capsys, activation_checkpointing=True) == ""  # fits
+    monkeypatch.setattr(common.run, "whole_memory", lambda _: 8e9)
+    said = said_of(tiny, capsys, activation_checkpointing=True)
+    assert said == "a step will take about 9.0 GB of memory, of 8.0 GB here: give a smaller --batch-size\n"
 
 
 def resume_in(folder):

@@ -66,7 +66,8 @@ class Args:
     sizes: tuple[Literal[tuple(SIZES)], ...] = ()
     """sizes of the pore model; if not given, thesis on a GPU, tiny and small without one"""
     batch_sizes: tuple[BatchSize, ...] = ()
-    """chunks per step; if not given, 64 and the largest power of two that fits on a GPU, 32 without one"""
+    """chunks per step; if not given, 64 and, without --compile, the largest power of two that fits on a GPU, 32 without
+    one"""
     chunk_len: ChunkLength = 3600
     """samples per chunk"""
     steps: PositiveInt = 5
@@ -245,6 +246,7 @@ def measure(method, args, steps, padding=True):
 
     def watched_steps(run, first, last):
         """Each step some times over, and its bound."""
+        samples = None
         for step in range(1, BEFORE + steps + 1):
             row = {}
             peak_memory(device, reset=True)
@@ -255,7 +257,9 @@ def measure(method, args, steps, padding=True):
                 clock.start(wait=True)
                 yield step
                 clock.stop()
-            row["parts"], samples = dict(clock.parts), round(float(torch.cat(clock.lengths).float().mean()))
+            row["parts"] = dict(clock.parts)
+            if samples is None or not args.compile:  # the bound is compiled for one width
+                samples = round(float(torch.cat(clock.lengths).float().mean()))
             frames = frames_of(samples) if clock.present is None else clock.present + 1
             row["flops"] = step_flops(method, args, samples, frames)
             row["bound"] = bound(torch.randn(args.batch_size, samples, device=device), frames)
@@ -373,7 +377,7 @@ def main(args):
             same = {"size": size, "compile": compile}
             for batch_size in args.batch_sizes or (64 if gpu else 32,):
                 row(method, batch_size=batch_size, **same)
-            if gpu and not args.batch_sizes:
+            if gpu and not args.batch_sizes and not compile:  # each batch size would be compiled anew
                 largest = 64
                 while largest < 4096 and "step" in row(method, False, 1, False, batch_size=2 * largest, **same):
                     largest *= 2

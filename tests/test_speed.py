@@ -12,6 +12,7 @@ from benchmark import speed, speed_data
 from benchmark.memory import make_store
 from common.pore_model import SIZES, PoreModel, frames_of
 from common.reads.simulate import write_simulated
+from tests.test_gpu import compiled_graphs
 
 KEYS = {"method", "size", "device", "precision", "batch_size", "chunk_len", "compile", "step", "chunks_per_second"}
 KEYS |= {"activation_checkpointing", "parts", "peak_memory", "bound", "bound_ratio", "flops", "matmul", "utilisation"}
@@ -47,6 +48,15 @@ def test_each_method_has_a_row_whose_parts_add_up_to_the_step(capsys):
             assert row["bound_ratio"] == pytest.approx(row["step"] / row["bound"], rel=0.01)
         assert row["chunks_per_second"] == pytest.approx(2 / row["step"], rel=0.01)
         assert row["utilisation"] == pytest.approx(row["flops"] / row["step"] / row["matmul"], rel=0.01)
+
+
+def test_compiled_all_is_done_before_the_first_timed_step(few, tmp_path):
+    """A graph for the step and one for its bound, though views differ in length."""
+    args = speed.importlib.import_module("barlow").Args(
+        data=(few,), run_dir=tmp_path / "run", size="tiny", batch_size=2, chunk_len=400, device="cpu", compile=True
+    )
+    graphs, _ = compiled_graphs(lambda: speed.measure("barlow", args, steps=2))
+    assert graphs == [(True, False)] * 2
 
 
 def test_the_scripts_are_as_before_afterwards(capsys):

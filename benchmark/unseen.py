@@ -22,6 +22,7 @@ from benchmark.evidence import CHUNK, RUNS, append_row, do, folder_of, key, read
 from common import InputError
 from common.args import parse_args
 from common.chunks import Chunks, open_data
+from common.device import pick_device
 from common.pore_model import load_tensors
 from finetune_basecaller import Basecaller, identities_of
 
@@ -41,12 +42,13 @@ class Args:
 @torch.no_grad()
 def identities_by_read(weights, data, chunk_len=CHUNK, splits=("training", "validation")):
     """{read: identities in percent of its chunks} of the labelled reads `data`, by the basecaller.pt `weights`."""
-    model, stores, found = Basecaller.from_state_dict(load_tensors(weights)).eval(), open_data((data,)), {}
+    model, device = Basecaller.from_state_dict(load_tensors(weights)).eval(), pick_device("auto")
+    model, stores, found = model.to(device), open_data((data,)), {}
     for split in splits:
         chunks = Chunks(stores, chunk_len, split, labelled=True)
         for batch in chunks.tiles(64):
             with_bases = [read for read, bases in zip(batch.reads, batch.target_lengths.tolist(), strict=True) if bases]
-            identities = identities_of(model(batch.signal)[0], batch.targets, batch.target_lengths)
+            identities = identities_of(model(batch.signal.to(device))[0].cpu(), batch.targets, batch.target_lengths)
             for read, percent in zip(with_bases, identities, strict=True):
                 found.setdefault(read, []).append(percent)
     return found

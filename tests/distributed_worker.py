@@ -65,7 +65,7 @@ def compare(data, out, dtype):
         torch.Tensor.float = torch.Tensor.double  # of the losses
     forward, of_size, of_state = FeatureEncoder.forward, PoreModel.of_size, PoreModel.from_state_dict
     FeatureEncoder.forward = lambda self, signal, *rest: forward(self, signal.to(torch.get_default_dtype()), *rest)
-    PoreModel.of_size = lambda size, dropout=0.0, encoder="wide": of_size(size, 0.0, encoder)
+    PoreModel.of_size = lambda size, dropout=0.0, *rest, **more: of_size(size, 0.0, *rest, **more)
     PoreModel.from_state_dict = lambda state, dropout=0.0: of_state(state, 0.0)
     for name in SCRIPTS:
         script, seen = importlib.import_module(name), {"losses": [], "gradients": []}

@@ -24,7 +24,7 @@ def coded_store(folder, lengths=LENGTHS, split=0, prefix="read", labelled=True, 
         signal = np.arange(length) // 2
         signal[::2] = -(read + 1)
         starts = np.sort(rng.integers(0, length, length // 8 * labelled))  # some equal: bases passed in no time
-        store.add(f"{prefix}-{read}", signal, rng.integers(1, 5, len(starts)), starts, rate, split=split)
+        store.add(f"{prefix}-{read}", signal, rng.integers(1, 5, len(starts)), starts, sample_rate=rate, split=split)
     store.close()
     return ReadStore(folder)
 

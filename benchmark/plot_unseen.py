@@ -9,6 +9,7 @@ and test reads (a bootstrap; with three seeds or fewer it is too narrow).
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -92,19 +93,19 @@ def table(arms):
 def plot(arms, out):
     """Draws the gains as dots with their intervals, one row an arm, to the file `out`."""
     rows = [
-        (f"{training}\n{arm}", seeds, found[SCRATCH])
+        (f"{training}\n{textwrap.fill(arm, 50)}", seeds, found[SCRATCH])
         for training, found in arms.items()
         for arm, seeds in found.items()
         if arm != SCRATCH and seeds.keys() & found.get(SCRATCH, {}).keys()
     ]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.6 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
     axis.axvline(0, color="black", linewidth=0.8)
     for number, test in enumerate(tests_of(next(iter(rows[0][1].values())))):
         for place, (_, seeds, scratch) in enumerate(rows):
             mean, low, high = gain(seeds, scratch, test)
             y, look = place + 0.2 * number, {"color": COLOURS[number], "label": test if place == 0 else None}
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, **look)
-    axis.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("gain over training from scratch (points of identity)")
     axis.grid(axis="x", alpha=0.3)

@@ -35,7 +35,8 @@ def training_of(row):
 
 def arm_of(row):
     """The commands before fine-tuning, without --seed and --data."""
-    return re.sub(r" --(seed|data|size) [^-]\S*( [^-]\S*)*", "", row["pretrain_command"]) or SCRATCH
+    commands = row["pretrain_command"].split(" && ")
+    return ", ".join(re.sub(r" --(seed|data|size) [^-]\S*( [^-]\S*)*", "", command) for command in commands) or SCRATCH
 
 
 def tests_of(row):

@@ -130,6 +130,13 @@ def test_reads_that_gain_more_weigh_as_many_chunks_as_they_have():
     assert mean == pytest.approx(1) and low == pytest.approx(0) and high == pytest.approx(4)
 
 
+def test_an_arm_is_all_commands_before_fine_tuning():
+    row = {
+        "pretrain_command": "masked.py --data a b --seed 0 --epochs 2 && finetune_basecaller.py --size tiny --steps 3"
+    }
+    assert plot_unseen.arm_of(row) == "masked.py --epochs 2, finetune_basecaller.py --steps 3"
+
+
 def test_two_rows_of_one_seed_are_refused(monkeypatch):
     row = {"seed": "0", "pretrain_command": "", "finetune_command": "finetune_basecaller.py --data a --steps 1"}
     monkeypatch.setattr(plot_unseen, "read_rows", lambda name: {1: row, 2: dict(row)})

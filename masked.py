@@ -11,7 +11,7 @@ a model has to learn k-mers. No second view, no negatives, nothing to collapse. 
     loss = -mean over hidden events of sum_b q_b log p_b(half-frame at its middle)   q: its bin of 32, smeared by 0.7
 
 Bins have equal mass, so to know nothing costs 5 bits; `gained` is how many of them the model knows. `floor` is how many
-the levels of both neighbours tell, no bases needed: p(b | left, right) ~ p(b | left) p(right | b), of training reads.
+the neighbours' levels tell, without bases: p(b | left, right) ~ p(b | left) p(right | b), counted on training reads.
 
 Departures from the relatives
 1. Whole events are hidden, and one sample more on each side. Spans of a fixed length would be wrong here: they begin

@@ -7,6 +7,7 @@ basecaller (prepare_data.py, needs mappy) and goes on from its weights. The tabl
 round's chunks: on the held-out loci of the last round's labels, and on the labelled reads of --tests.
 """
 
+import shlex
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime
@@ -54,21 +55,21 @@ def main(args):
     folder = Path("runs") / f"from_genome__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
     tune = f"finetune_basecaller.py --size {args.size} --steps {args.steps} --seed {args.seed}"
-    before = args.basecaller
+    reads, genome, before = shlex.quote(str(args.reads)), shlex.quote(str(args.genome)), args.basecaller
     if before is None:
-        reads, before = folder / "simulated.hdf5", folder / "simulated/basecaller_last.pt"
-        run("simulate reads", f"-m common.reads.simulate {reads} --reads {SIMULATED} --seed {args.seed}")
-        run("train a basecaller on them", f"{tune} --data {reads} --lr 4e-3 --run-dir {before.parent}")
+        simulated, before = folder / "simulated.hdf5", folder / "simulated/basecaller_last.pt"
+        run("simulate reads", f"-m common.reads.simulate {simulated} --reads {SIMULATED} --seed {args.seed}")
+        run("train a basecaller on them", f"{tune} --data {simulated} --lr 4e-3 --run-dir {before.parent}")
     tried = [before]
     for number in range(1, args.rounds + 1):
-        store, tuned = folder / f"labels{number}", folder / f"round{number}"
-        label = f"prepare_data.py {args.reads} --reference {args.genome} --basecaller {tried[-1]} -o {store}"
+        store, tuned, last = folder / f"labels{number}", folder / f"round{number}", shlex.quote(str(tried[-1]))
+        label = f"prepare_data.py {reads} --reference {genome} --basecaller {last} -o {store}"
         run(f"round {number}: label the reads by the genome", label)
-        run(f"round {number}: fine-tune", f"{tune} --data {store} --weights {tried[-1]} --run-dir {tuned}")
+        run(f"round {number}: fine-tune", f"{tune} --data {store} --weights {last} --run-dir {tuned}")
         tried.append(tuned / "basecaller_last.pt")
 
-    print(f"\n| basecaller | reads labelled before | held-out loci | {' | '.join(test.stem for test in args.tests)} |")
-    print("|---|---|---|" + "---|" * len(args.tests))
+    columns = ["basecaller", "reads labelled before", "held-out loci", *(test.stem for test in args.tests)]
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for number, weights in enumerate(tried):
         labelled = len(open_data((folder / f"labels{number}",))[0].reads) if number else ""
         cells = [identity(weights, store, ("validation",)), *(identity(weights, test) for test in args.tests)]

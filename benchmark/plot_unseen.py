@@ -92,13 +92,15 @@ def table(arms):
 
 
 def plot(arms, out):
-    """Draws the gains as dots with their intervals, one row an arm, to the file `out`."""
+    """Draws the gains as dots with their intervals, one row an arm, to the file `out`. InputError if there are none."""
     rows = [
         (f"{training}\n{textwrap.fill(arm, 50)}", seeds, found[SCRATCH])
         for training, found in arms.items()
         for arm, seeds in found.items()
         if arm != SCRATCH and seeds.keys() & found.get(SCRATCH, {}).keys()
     ]
+    if not rows:
+        raise InputError("no gains to draw: from scratch and another arm need a seed in common")
     figure, axis = plt.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
     axis.axvline(0, color="black", linewidth=0.8)
     for number, test in enumerate(tests_of(next(iter(rows[0][1].values())))):
@@ -120,10 +122,10 @@ def main(words):
         sys.exit(__doc__)
     try:
         arms = read_arms(words[0])
+        print("\n".join(table(arms)))
+        plot(arms, ROOT / "docs" / f"unseen_{words[0]}.png")
     except InputError as error:
         sys.exit(str(error))
-    print("\n".join(table(arms)))
-    plot(arms, ROOT / "docs" / f"unseen_{words[0]}.png")
 
 
 if __name__ == "__main__":

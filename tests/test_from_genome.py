@@ -53,8 +53,8 @@ def test_a_basecaller_of_ones_own_needs_no_simulated_reads(few, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     commands = run_without_work(monkeypatch, few)
     monkeypatch.setattr(from_genome, "identities_by_read", lambda *args, **splits: {"a": [70.0]})
-    from_genome.main(from_genome.Args(Path("reads.pod5"), Path("genome.fasta"), basecaller=Path("own.pt"), rounds=1))
+    from_genome.main(from_genome.Args(Path("reads.pod5"), Path("genome.fasta"), basecaller=Path("my own.pt"), rounds=1))
     assert [(name, getattr(args, "basecaller", None)) for name, args in commands] == [
-        ("prepare_data", Path("own.pt")),
+        ("prepare_data", Path("my own.pt")),
         ("finetune_basecaller", None),
     ]

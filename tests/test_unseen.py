@@ -122,6 +122,9 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_seeds_and_reads(
     assert last.startswith("| kleb, 10 %, 9 steps | masked.py --epochs 5 | 8 | 72.00 | +2.00 (+1.")
     plot_unseen.plot(arms, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").read_bytes()[:4] == b"\x89PNG"
+    del found["from scratch"]
+    with pytest.raises(InputError, match="no gains"):
+        plot_unseen.plot(arms, tmp_path / "none.png")
 
 
 def test_reads_that_gain_more_weigh_as_many_chunks_as_they_have():

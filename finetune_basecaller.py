@@ -8,9 +8,9 @@ neighbours, so with one step per frame most chunks would be infeasible. The loss
 
 with infeasible chunks, which have too many bases for their time steps, left out and counted (`infeasible`).
 
-Against overfitting, half of the chunks have events hidden as in masked.py: CTC has to read them from their neighbours,
-as SpecAugment makes it do with speech (https://arxiv.org/abs/1904.08779). What is validated and saved is an
-exponential moving average of the weights.
+Against overfitting, chunks are run through at speeds that change, and half of them have events hidden as in masked.py:
+CTC has to read those from their neighbours, as SpecAugment makes it do with speech (https://arxiv.org/abs/1904.08779).
+What is validated and saved is an exponential moving average of the weights.
 
     python finetune_basecaller.py --data reads.hdf5 --size tiny --weights runs/RUN/pore_model.pt
     python finetune_basecaller.py --data reads.hdf5 --size tiny

@@ -46,7 +46,7 @@ class Run:
         self.args, self.script = args, Path(script).stem
         name = f"{self.script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S}"
         self.folder = args.resume or args.run_dir or Path("runs") / name
-        self.tracker, self.saved, self.signal, self.stopping, self.asked = None, 0, 0, 0, False
+        self.tracker, self.saved, self.signal, self.stopping, self.due, self.asked = None, 0, 0, 0, False, False
         self.saved_at = time.monotonic()
         if rank():
             return
@@ -176,15 +176,21 @@ class Run:
     @property
     def stop(self):
         """The exit code to end with, if Ctrl-C or SIGTERM reached this process or another in this step, or else 0."""
-        if not self.asked:
-            self.asked, self.stopping = True, all_reduce_max(self.signal)
+        self.ask()
         return 128 + self.stopping if self.stopping else 0
 
     @property
     def checkpoint_due(self):
         """Whether the last checkpoint, or the start, is --checkpoint-minutes ago, by the clock of any process."""
-        due = time.monotonic() - self.saved_at >= 60 * self.args.checkpoint_minutes
-        return bool(all_reduce_max(int(due)))
+        self.ask()
+        return self.due
+
+    def ask(self):
+        """Notes what all processes have to say of this step: a signal, or else that a checkpoint is due."""
+        if not self.asked:
+            due = time.monotonic() - self.saved_at >= 60 * self.args.checkpoint_minutes
+            said = all_reduce_max(2 * self.signal + due)  # one exchange a step
+            self.asked, self.stopping, self.due = True, said // 2, bool(said % 2)
 
     def log(self, step, **metrics):
         """Appends one JSON line; floats as they are, so that two runs can be compared exactly."""

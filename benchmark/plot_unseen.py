@@ -1,15 +1,16 @@
-"""Print a Markdown table of what unseen.py found, and draw the gains over training from scratch.
+"""Print a Markdown table of what unseen.py found, and draw it.
 
     python -m benchmark.plot_unseen NAME
 
-reads benchmark/results/NAME.csv and draws docs/unseen_NAME.png. Rows with the same labelled reads, share of them and
-steps compare. A gain is the mean over the seeds that both have. Its interval holds 95 % of the gains of resampled seeds
-and test reads (a bootstrap; with three seeds or fewer it is too narrow).
+reads benchmark/results/NAME.csv and draws docs/unseen_NAME.png: each arm's gain over training from scratch; and
+docs/unseen_NAME_lines.png: identity against samples seen in pretraining and against labels. Rows with the same labelled
+reads, share of them and steps compare. A gain is the mean over the seeds that both have. Its interval holds 95 % of
+the gains of resampled seeds and test reads (a bootstrap; with three seeds or fewer it is too narrow).
 """
 
 import re
 import sys
-import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +19,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmark.evidence import ROOT, read_rows
+from benchmark.evidence import BATCH, CHUNK, ROOT, read_rows
+from benchmark.plot_evidence import LOOKS, NAMES
 from benchmark.plot_runs import COLOURS
 from common import InputError
 
@@ -26,17 +28,36 @@ SCRATCH = "from scratch"
 RESAMPLED = 4000
 
 
+def options_of(command):
+    """{option: its words} of a command of a script."""
+    return {name: words.strip() for name, words in re.findall(r"--([a-z-]+)((?: (?!--)\S+)*)", command)}
+
+
 def training_of(row):
-    """What fine-tuning was given: its labelled reads, share of them and steps."""
-    options = dict(re.findall(r"--([a-z-]+) (\S+)", row["finetune_command"]))
-    share = f"{100 * float(options.get('label-fraction', 1)):g} %"
-    return f"{Path(options['data']).stem}, {share}, {options['steps']} steps"
+    """What fine-tuning was given: its labelled reads and the share of them in percent; and its steps."""
+    options = options_of(row["finetune_command"])
+    return Path(options["data"]).stem, 100 * float(options.get("label-fraction", 1)), int(options["steps"])
 
 
-def arm_of(row):
-    """The commands before fine-tuning, without --seed and --data."""
-    commands = row["pretrain_command"].split(" && ")
-    return ", ".join(re.sub(r" --(seed|data|size) [^-]\S*( [^-]\S*)*", "", command) for command in commands) or SCRATCH
+def commands_of(row):
+    """[(script, options)] before fine-tuning."""
+    commands = row["pretrain_command"].split(" && ") if row["pretrain_command"] else []
+    return [(command.partition(".py")[0], options_of(command)) for command in commands]
+
+
+def arm_names(rows):
+    """The arm of each row: the scripts before fine-tuning, with those options in which commands of a script differ."""
+    all_options = defaultdict(list)
+    for row in rows:
+        for script, options in commands_of(row):
+            all_options[script].append(options)
+
+    def name(script, options):
+        title = f"labels of {Path(options['data']).stem}" if script == "finetune_basecaller" else NAMES[script]
+        differ = [name for name in options if len({other.get(name) for other in all_options[script]}) > 1]
+        return " ".join([title, *(f"--{name} {options[name]}".strip() for name in differ if name != "seed")])
+
+    return [", then ".join(name(*command) for command in commands_of(row)) or SCRATCH for row in rows]
 
 
 def tests_of(row):
@@ -44,14 +65,23 @@ def tests_of(row):
 
 
 def read_arms(name):
-    """{training: {arm: {seed: row}}}. InputError if there are none, or two of one seed."""
-    found = {}
-    for row in read_rows(name).values():
-        seeds = found.setdefault(training_of(row), {}).setdefault(arm_of(row), {})
-        if seeds.setdefault(int(row["seed"]), row) is not row:
-            raise InputError(f"{name}: two rows of {training_of(row)}, {arm_of(row)}, seed {row['seed']}; remove one")
-    if not found:
+    """{training: {arm: {seed: row}}}. InputError if there are none, or two of one seed.
+
+    Steps that scratch alone was given are an arm of the training with fewer.
+    """
+    rows = [*read_rows(name).values()]
+    if not rows:
         raise InputError(f"benchmark/results/{name}.csv: no results; run benchmark/unseen.py --name {name} first")
+    pretrained = {training_of(row) for row in rows if row["pretrain_command"]}
+    found = {}
+    for row, arm in zip(rows, arm_names(rows), strict=True):
+        data, share, steps = training_of(row)
+        fewer = [other for other in pretrained if other[:2] == (data, share) and other[2] < steps]
+        if fewer and (data, share, steps) not in pretrained:
+            arm, steps = f"{arm}, {steps} steps", max(fewer)[2]
+        seeds = found.setdefault(f"{data}, {share:g} %, {steps} steps", {}).setdefault(arm, {})
+        if seeds.setdefault(int(row["seed"]), row) is not row:
+            raise InputError(f"{name}: two rows of {data}, {share:g} %, {arm}, seed {row['seed']}; remove one")
     return found
 
 
@@ -74,6 +104,16 @@ def gain(arm, scratch, test):
     return (more.mean(0) * counts).sum() / counts.sum(), low, high
 
 
+def compared(found):
+    """{arm: {seed: row}} of one training: those that have a seed in common with scratch."""
+    scratch = found.get(SCRATCH, {})
+    return {arm: seeds for arm, seeds in found.items() if arm != SCRATCH and seeds.keys() & scratch.keys()}
+
+
+def mean_identity(seeds, test):
+    return np.mean([float(row[f"identity_{test}"]) for row in seeds.values()])
+
+
 def table(arms):
     """The lines of a Markdown table: a row for each arm, and for each test its identity and gain."""
     tests = tests_of(next(iter(next(iter(next(iter(arms.values())).values())).values())))
@@ -83,36 +123,88 @@ def table(arms):
         for arm, seeds in found.items():
             cells = []
             for test in tests:
-                cells.append(f"{np.mean([float(row[f'identity_{test}']) for row in seeds.values()]):.2f}")
-                compared = arm != SCRATCH and seeds.keys() & found.get(SCRATCH, {}).keys()
-                cells.append(
-                    "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(seeds, found[SCRATCH], test)) if compared else ""
-                )
+                cells.append(f"{mean_identity(seeds, test):.2f}")
+                known = arm in compared(found)
+                cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(seeds, found[SCRATCH], test)) if known else "")
             yield f"| {training} | {arm} | {len(seeds)} | {' | '.join(cells)} |"
 
 
 def plot(arms, out):
     """Draws the gains as dots with their intervals, one row an arm, to the file `out`. InputError if there are none."""
-    rows = [
-        (f"{training}\n{textwrap.fill(arm, 50)}", seeds, found[SCRATCH])
-        for training, found in arms.items()
-        for arm, seeds in found.items()
-        if arm != SCRATCH and seeds.keys() & found.get(SCRATCH, {}).keys()
-    ]
-    if not rows:
+    shown = {training: rows for training, found in arms.items() if (rows := compared(found))}
+    if not shown:
         raise InputError("no gains to draw: from scratch and another arm need a seed in common")
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
-    axis.axvline(0, color="black", linewidth=0.8)
-    for number, test in enumerate(tests_of(next(iter(rows[0][1].values())))):
-        for place, (_, seeds, scratch) in enumerate(rows):
-            mean, low, high = gain(seeds, scratch, test)
-            y, look = place + 0.2 * number, {"color": COLOURS[number], "label": test if place == 0 else None}
-            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, **look)
-    axis.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("gain over training from scratch (points of identity)")
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(frameon=False)
+    heights = [len(rows) + 0.5 for rows in shown.values()]
+    figure, axes = plt.subplots(
+        len(shown), figsize=(8, 1 + 0.45 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (training, rows) in zip(axes[:, 0], shown.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        for number, test in enumerate(tests_of(next(iter(next(iter(rows.values())).values())))):
+            for place, seeds in enumerate(rows.values()):
+                mean, low, high = gain(seeds, arms[training][SCRATCH], test)
+                look = {"color": COLOURS[number], "label": test if place == 0 else None}
+                axis.errorbar(
+                    mean, place + 0.25 * number, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, **look
+                )
+        labels = [f"{arm} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for arm, seeds in rows.items()]
+        axis.set_yticks(np.arange(len(rows)) + 0.1, labels)
+        axis.set_ylim(len(rows) - 0.3, -0.5)
+        axis.set_title(training, loc="left", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+    axes[-1, 0].set_xlabel("gain over training from scratch (points of identity)")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def samples_of(row):
+    """Millions of samples that pretraining saw."""
+    return int(row["pretraining_steps"]) * BATCH * CHUNK / 1e6
+
+
+def plot_lines(arms, out):
+    """Draws identity against samples seen in pretraining, and against the share of labels, to the file `out`.
+
+    An arm's identity is scratch's mean and its gain, so that arms with other seeds compare.
+    """
+    tests = tests_of(next(iter(next(iter(next(iter(arms.values())).values())).values())))
+    figure, axes = plt.subplots(2, len(tests), figsize=(8, 6.5), sharey="row", squeeze=False, layout="constrained")
+    for (above, below), test in zip(axes.T, tests, strict=True):
+        by_labels = defaultdict(list)
+        for training, found in arms.items():
+            if SCRATCH not in found:
+                continue
+            base, points = mean_identity(found[SCRATCH], test), defaultdict(list)
+            share = training_of(next(iter(found[SCRATCH].values())))[1]
+            by_labels["scratch"].append((share, base))
+            for seeds in compared(found).values():
+                row = next(iter(seeds.values()))
+                if len(commands_of(row)) == 1 and (script := commands_of(row)[0][0]) in LOOKS:
+                    points[script].append((samples_of(row), base + gain(seeds, found[SCRATCH], test)[0]))
+            for script, places in points.items():
+                colour, _, marker = LOOKS[script]
+                places = sorted(places)
+                above.plot(*zip((0, base), *places, strict=True), f"{marker}-", color=colour, label=NAMES[script])
+                by_labels[script].append((share, places[-1][1]))
+            above.annotate(training, (0, base), fontsize=8, xytext=(4, -12), textcoords="offset points")
+        for script, places in by_labels.items():
+            colour, line, marker = LOOKS[script]
+            below.plot(*zip(*sorted(places), strict=True), f"{marker}{line}", color=colour, label=NAMES[script])
+        above.set_title(test)
+        above.set_xlabel("samples seen in pretraining (millions)")
+        below.set_xlabel("labelled reads (%)")
+        below.set_xscale("log")
+        shares = sorted({share for share, _ in by_labels["scratch"]})
+        below.set_xticks(shares, [f"{share:g}" for share in shares])
+        below.minorticks_off()
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    for row in axes:
+        row[0].set_ylabel("mean identity (%)")
+    handles = dict(zip(*axes[1, 0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
@@ -124,6 +216,7 @@ def main(words):
         arms = read_arms(words[0])
         print("\n".join(table(arms)))
         plot(arms, ROOT / "docs" / f"unseen_{words[0]}.png")
+        plot_lines(arms, ROOT / "docs" / f"unseen_{words[0]}_lines.png")
     except InputError as error:
         sys.exit(str(error))
 

@@ -114,12 +114,12 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_seeds_and_reads(
     monkeypatch.setattr(plot_unseen, "read_rows", lambda name: rows)
     arms = plot_unseen.read_arms("some")
     found = arms["kleb, 10 %, 9 steps"]
-    assert list(found) == ["from scratch", "masked.py --epochs 5"]
-    mean, low, high = plot_unseen.gain(found["masked.py --epochs 5"], found["from scratch"], "x")
+    assert list(found) == ["from scratch", "masked events"]
+    mean, low, high = plot_unseen.gain(found["masked events"], found["from scratch"], "x")
     assert mean == pytest.approx(2)
     assert (high - low) / 2 == pytest.approx(1.96 / 8**0.5, rel=0.15)  # the bootstrap's values are multiples of 1/4
     *_, last = plot_unseen.table(arms)
-    assert last.startswith("| kleb, 10 %, 9 steps | masked.py --epochs 5 | 8 | 72.00 | +2.00 (+1.")
+    assert last.startswith("| kleb, 10 %, 9 steps | masked events | 8 | 72.00 | +2.00 (+1.")
     plot_unseen.plot(arms, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").read_bytes()[:4] == b"\x89PNG"
     del found["from scratch"]
@@ -133,15 +133,60 @@ def test_reads_that_gain_more_weigh_as_many_chunks_as_they_have():
     assert mean == pytest.approx(1) and low == pytest.approx(0) and high == pytest.approx(4)
 
 
-def test_an_arm_is_all_commands_before_fine_tuning():
-    row = {
-        "pretrain_command": "masked.py --data a b --seed 0 --epochs 2 && finetune_basecaller.py --size tiny --steps 3"
+def row_of(before, steps, seed=0, identity=70.0, pretraining_steps=0):
+    return {
+        "seed": str(seed), "pretrain_command": before, "identity_x": str(identity), "reads_x": f"{identity:.2f}x10",
+        "finetune_command": f"finetune_basecaller.py --data d/kleb.hdf5 --steps {steps} --seed {seed}",
+        "pretraining_steps": str(pretraining_steps),
+    }  # fmt: skip
+
+
+def test_an_arm_is_all_commands_before_fine_tuning_and_the_options_in_which_they_differ():
+    labels = "finetune_basecaller.py --data d/sim.hdf5 --steps 3 --seed 0"
+    rows = [
+        row_of("masked.py --data a b --cosine --epochs 2 --seed 0", 9),
+        row_of("masked.py --data a b --cosine --epochs 5 --seed 1", 9),
+        row_of(f"masked.py --data a b --cosine --epochs 5 --seed 0 && {labels}", 9),
+        row_of("masked.py --data a b --cosine --epochs 2 --gap 3", 9),
+        row_of("barlow.py --data a b --cosine", 9),
+        row_of("", 9),
+    ]
+    assert plot_unseen.arm_names(rows) == [
+        "masked events --epochs 2",
+        "masked events --epochs 5",
+        "masked events --epochs 5, then labels of sim",
+        "masked events --epochs 2 --gap 3",
+        "Barlow Twins",
+        "from scratch",
+    ]
+
+
+def test_more_steps_from_scratch_are_an_arm_beside_those_that_are_pretrained(monkeypatch):
+    rows = [row_of("", 9), row_of("", 30, identity=71.5), row_of("masked.py --epochs 2", 9, identity=72.0)]
+    monkeypatch.setattr(plot_unseen, "read_rows", lambda name: dict(enumerate(rows)))
+    arms = plot_unseen.read_arms("some")
+    assert {training: list(found) for training, found in arms.items()} == {
+        "kleb, 100 %, 9 steps": ["from scratch", "from scratch, 30 steps", "masked events"]
     }
-    assert plot_unseen.arm_of(row) == "masked.py --epochs 2, finetune_basecaller.py --steps 3"
+    found = arms["kleb, 100 %, 9 steps"]
+    assert plot_unseen.gain(found["from scratch, 30 steps"], found["from scratch"], "x")[0] == pytest.approx(1.5)
+
+
+def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
+    """Of arms with other seeds, too: their identities do not compare, their gains do."""
+    rows = [row_of("", 9, 0, 70.0), row_of("", 9, 1, 60.0)]
+    rows += [row_of("masked.py --epochs 2", 9, 1, 62.0, 100), row_of("masked.py --epochs 5", 9, 1, 63.0, 250)]
+    monkeypatch.setattr(plot_unseen, "read_rows", lambda name: dict(enumerate(rows)))
+    drawn = {}
+    monkeypatch.setattr(plot_unseen.plt, "close", lambda figure: drawn.update(axes=figure.axes))
+    plot_unseen.plot_lines(plot_unseen.read_arms("some"), tmp_path / "lines.png")
+    above, below = drawn["axes"]
+    assert [line.get_xydata().tolist() for line in above.lines] == [[[0, 65], [100 * 0.0768, 67], [250 * 0.0768, 68]]]
+    assert [line.get_xydata().tolist() for line in below.lines] == [[[100, 65]], [[100, 68]]]
 
 
 def test_two_rows_of_one_seed_are_refused(monkeypatch):
-    row = {"seed": "0", "pretrain_command": "", "finetune_command": "finetune_basecaller.py --data a --steps 1"}
+    row = row_of("", 1)
     monkeypatch.setattr(plot_unseen, "read_rows", lambda name: {1: row, 2: dict(row)})
     with pytest.raises(InputError, match="two rows"):
         plot_unseen.read_arms("some")

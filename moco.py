@@ -13,7 +13,7 @@ queue stay comparable. Queries and keys have length 1. The projectors are thrown
 Departures
 1. From the thesis, whose denominator is the queue alone, so that the loss can fall below 0: it holds the positive too.
 2. From the paper: Adam at a constant learning rate, not SGD with steps; --warmup-steps and --cosine give a schedule.
-3. From the paper: queue and batch are the thesis's; shuffling BatchNorm is an option, --batchnorm-groups.
+3. From the paper: the thesis's queue and batch. BatchNorm can tell the positive, if not shuffled by --batchnorm-groups.
 4. The key's pore model has no dropout: a key should not depend on chance. Its BatchNorm uses its own batch.
 
     python moco.py --data reads/ --lr 3e-5 --batch-size 32

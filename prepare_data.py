@@ -46,10 +46,11 @@ class Args:
     labelled_only: bool = False
     """leave out reads without bases, as --bonito, --bam and --basecaller always do"""
     bam: tuple[Path, ...] = ()
-    """basecalls of the reads with move tables (dorado basecaller --emit-moves), files or folders of them: their bases
-    become the labels, or where they are aligned the reference's"""
+    """basecalls of the reads with move tables (dorado basecaller --emit-moves): BAM, SAM or CRAM, files or folders of
+    them; their bases become the labels, or where they are aligned the reference's"""
     reference: Path | None = None
-    """FASTA of the genome, with --basecaller; or of what the BAM is aligned to, not needed if it has MD tags"""
+    """FASTA of the genome, with --basecaller; or of what the BAM is aligned to, not needed if it has MD tags, but for
+    CRAM"""
     basecaller: Path | None = None
     """a basecaller.pt of finetune_basecaller.py: calls the reads, aligns the calls to --reference, and places its bases
     in the signal; needs mappy"""

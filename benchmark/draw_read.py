@@ -3,7 +3,7 @@
     python -m benchmark.draw_read picture.png reads/
     python -m benchmark.draw_read picture.png reads.hdf5 --read ID --start 5000 --bam called=calls.bam
 
-The reference's bases are those of mapped-signal HDF5; called ones come from BAM files with move tables.
+The reference's bases are those of mapped-signal HDF5; called ones come from BAM, SAM or CRAM files with move tables.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,9 @@ class Args:
     chunk_len: PositiveInt = 3600
     """samples per chunk of validation, which tiles a read from its first labelled base on"""
     bam: tuple[str, ...] = ()
-    """basecalls of the read with move tables, one row each: name=calls.bam"""
+    """basecalls of the read with move tables, one row each: name=calls.bam; SAM and CRAM, too"""
+    reference: Path | None = None
+    """FASTA that the CRAM was written with"""
 
 
 def rows_of(raw, calls):
@@ -75,7 +77,7 @@ def main(args):
     if args.picture.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"{args.picture}: the picture comes first, and should end in .png, .pdf or .svg")
     named = {(name or Path(path).stem): path for name, _, path in (word.rpartition("=") for word in args.bam)}
-    calls = {name: Basecalls([Path(path)], called=True) for name, path in named.items()}
+    calls = {name: Basecalls([Path(path)], args.reference, called=True) for name, path in named.items()}
     raw, current, rows = find_read(args.data, args.read, calls)
 
     first = int(next(iter(rows.values()))[1][0]) if rows else 0  # labelled reads are kept from their first base on

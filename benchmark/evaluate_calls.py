@@ -19,6 +19,7 @@ from common import InputError
 from common.args import parse_args
 from common.chunks import in_validation, open_data
 from common.ctc import ALPHABET, align, aligned_identity
+from common.reads.bam import SUFFIXES
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,7 +31,7 @@ EDGES = [0, 2, 4, 6, 8, 10, 12, 15, 20, 30, 51]  # of the bins of quality
 @dataclass
 class Args:
     calls: tyro.conf.Positional[Path]
-    """basecalls of those reads: .fastq, .fastq.gz or .bam"""
+    """basecalls of those reads: .fastq, .fastq.gz, .bam, .sam, or .cram with its reference where it says"""
     data: tyro.conf.Positional[tuple[Path, ...]]
     """labelled reads: mapped-signal HDF5, read stores"""
     all_reads: bool = False
@@ -40,15 +41,16 @@ class Args:
 
 
 def read_calls(path):
-    """{read id: (sequence, qualities)} of a FASTQ or BAM file."""
+    """{read id: (sequence, qualities)} of a FASTQ, BAM, SAM or CRAM file."""
     try:
-        if path.suffix == ".bam":
+        if path.suffix in SUFFIXES:
             with pysam.AlignmentFile(path, check_sq=False) as file:
-                return {read.query_name: (read.get_forward_sequence(), read.get_forward_qualities()) for read in file}
+                reads = (read for read in file.fetch(until_eof=True) if not read.is_secondary | read.is_supplementary)
+                return {read.query_name: (read.get_forward_sequence(), read.get_forward_qualities()) for read in reads}
         with pysam.FastxFile(path) as file:
             return {read.name: (read.sequence, read.get_quality_array()) for read in file}
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as FASTQ or BAM ({error})") from error
+        raise InputError(f"{path}: cannot be read as FASTQ, BAM, SAM or CRAM ({error})") from error
 
 
 def matches(aligned, length):

@@ -1,10 +1,12 @@
 """common/reads/bam.py and prepare_data.py --bam, against reads that are made base by base, and on real ones."""
 
 import array
+import gzip
 import itertools
 import json
 import multiprocessing
 import re
+import tempfile
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,12 +116,12 @@ def aligned(read, name, contigs, reverse=False, rna=False, minimap=False, **tags
     return record
 
 
-def write_bam(path, records, contigs=None, program="dorado 2.1.0", model="dna_r10.4.1_e8.2_400bps_sup@v5", mode="wb"):
+def write_bam(path, records, contigs=None, program="dorado 2.1.0", model="dna_r10.4.1_e8.2_400bps_sup@v5", **kind):
     name, version = program.split()
     header = {"HD": {"VN": "1.6"}, "RG": [{"ID": "run", "DS": f"basecall_model={model}"}]}
     header["PG"] = [{"ID": "aligner", "PN": "minimap2", "VN": "2.28"}, {"ID": "basecaller", "PN": name, "VN": version}]
     header["SQ"] = [{"SN": contig, "LN": len(sequence)} for contig, sequence in (contigs or {}).items()]
-    with pysam.AlignmentFile(path, mode, header=header) as file:
+    with pysam.AlignmentFile(path, **{"mode": "wb", "header": header} | kind) as file:
         for record in records:
             file.write(record)
     return path
@@ -291,6 +293,51 @@ def test_a_folder_of_many_bams(tmp_path):
     for name in np.random.default_rng(0).permutation([*reads, *reads]):
         is_true(calls.label(raw_read(name, reads[name]))[0], reads[name])
     assert calls.unused() == {"in the BAM, without signal in the raw files": 80}
+
+
+@pytest.mark.parametrize("is_aligned", TRUE_FALSE)
+def test_sam_and_cram_give_the_labels_of_bam(tmp_path, monkeypatch, is_aligned):
+    """Of CRAM with the --reference alone: it says that its bases are in a file that is gone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "calls").mkdir()
+    reads, contigs = {f"read-{i}": make(i) for i in range(12)}, {}
+    records = [
+        aligned(read, name, contigs, len(name) == 6, MD=None) if is_aligned else unaligned(read, name)
+        for name, read in reads.items()
+    ]
+    written, reference = tmp_path / "written.fa", None
+    paths = {suffix: tmp_path / "calls" / f"calls.{suffix}" for suffix in ("bam", "sam", "sam.gz", "cram")}
+    write_bam(paths["bam"], records, contigs)
+    write_bam(paths["sam"], records, contigs, mode="w")
+    paths["sam.gz"].write_bytes(gzip.compress(paths["sam"].read_bytes()))
+    in_fasta = {"reference_filename": str(write_fasta(written, contigs))} if is_aligned else {}
+    write_bam(paths["cram"], records, contigs, mode="wc", **in_fasta)
+    if is_aligned:
+        reference = written.rename(tmp_path / "reference.fa")
+        with pytest.raises(InputError, match=r"--bam .*calls.cram: CRAM, has its bases in a --reference; give"):
+            Basecalls([paths["cram"]])
+        other = write_fasta(tmp_path / "other.fa", {name: sequence[::-1] for name, sequence in contigs.items()})
+        with pytest.raises(InputError, match=r"calls.cram: CRAM, cannot be read with this --reference; give"):
+            Basecalls([paths["cram"]], other)
+    whole = paths["cram"].read_bytes()
+    paths["cram"].write_bytes(whole[:-38])  # the container that ends a CRAM
+    with pytest.raises(InputError, match=r"calls.cram: cannot be read as BAM, SAM or CRAM \(.*missing EOF block"):
+        Basecalls([paths["cram"]], reference)
+    paths["cram"].write_bytes(whole)
+    for path in paths.values():
+        calls = Basecalls([path], reference)
+        for name in np.random.default_rng(0).permutation(list(reads)):
+            (labelled,) = calls.label(raw_read(name, reads[name]))
+            (is_true if is_aligned else is_called)(labelled, reads[name])
+        assert not calls.unused()
+    calls = Basecalls([tmp_path / "calls"], reference)
+    assert len(calls.label(raw_read("read-3", reads["read-3"]))) == 3 and calls.files == [
+        paths[suffix] for suffix in ("bam", "cram", "sam")
+    ]
+    assert len(list((tmp_path / "temporary").glob("*/*.bam"))) == 2
+    del calls
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- reads left out
@@ -516,10 +563,10 @@ def test_the_account_counts_each_read_once(tmp_path, command, capsys):
     ("words", "message"),
     [
         ("a.pod5 --bam nowhere.bam", "--bam .*nowhere.bam: no such file"),
-        ("a.pod5 --bam empty", "--bam .*empty: no .bam file"),
+        ("a.pod5 --bam empty", "--bam .*empty: no .bam, .sam, .cram file"),
         ("a.pod5 --bam half.bam", "--bam .*half.bam: cannot be read as BAM"),
         ("a.pod5 --bam endless.bam", "--bam .*endless.bam: cannot be read as BAM"),
-        ("a.pod5 --bam calls.sam", "--bam .*calls.sam: .*SAM or CRAM"),
+        ("a.pod5 --bam half.sam", r"--bam .*half.sam: cannot be read as BAM, SAM or CRAM \(.*error reading file"),
         ("a.pod5 --bam text.bam", "--bam .*text.bam: cannot be read as BAM"),
         ("a.pod5 --bam none.bam", "--bam .*none.bam: no basecall can be used"),
         ("a.pod5 --bam moveless.bam", "--bam .*moveless.bam: .*1 no move table.*--emit-moves"),
@@ -542,6 +589,7 @@ def test_errors_name_the_file_or_the_argument(tmp_path, monkeypatch, command, wo
     write_raw(Path("a.pod5"), {name: read})
     write_bam("calls.bam", [whole], contigs)
     write_bam("calls.sam", [whole], contigs, mode="w")
+    Path("half.sam").write_text(Path("calls.sam").read_text()[:3000])
     write_bam("none.bam", [], contigs)
     write_bam("unaligned.bam", [unaligned(read, name)])
     write_bam("no-md.bam", [aligned(read, name, {}, MD=None)], contigs)

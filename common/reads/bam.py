@@ -1,4 +1,5 @@
-"""Labels out of a basecalled run: the bases of each raw read, at their places in its signal, from a BAM.
+"""Labels out of a basecalled run: the bases of each raw read, at their places in its signal, from a BAM, a
+SAM or a CRAM.
 
 Dorado (with --emit-moves) and Guppy write, for each read that they call, its move table `mv` (the stride in samples,
 then for each stride of the signal 1 if a base begins there, else 0), in the order of the signal; `ts`, the samples
@@ -10,9 +11,11 @@ documentation/SAM.md and its issues 1372 (aligners add a ts of their own), 1428,
 import contextlib
 import functools
 import re
+import tempfile
 from array import array
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +27,7 @@ from common.reads.formats import Rejected, first_line, listed
 
 CODES = np.zeros(256, np.uint8)  # of letters: 1-4 = ACGT, 0 for any other
 CODES[np.frombuffer(b"ACGTacgt", np.uint8)] = [1, 2, 3, 4] * 2
+SUFFIXES = (".bam", ".sam", ".cram")
 ALIGNED = (pysam.CMATCH, pysam.CEQUAL, pysam.CDIFF)
 RNA_MODEL = re.compile(r"\brna(00\d)?_(r9|\d+bps)")  # rna_r9.4.1_70bps_hac, rna004_130bps_sup@v5.1.0
 
@@ -31,20 +35,20 @@ pysam.set_verbosity(0)  # its errors come as exceptions, too
 
 
 def bam_files(paths):
-    """The BAM files that `paths` name or hold."""
+    """The BAM, SAM and CRAM files that `paths` name or hold."""
     files = []
     for path in paths:
         if not path.exists():
             raise InputError(f"--bam {path}: no such file or folder")
-        found = sorted(path.rglob("*.bam")) if path.is_dir() else [path]
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise InputError(f"--bam {path}: no .bam file in this folder")
+            raise InputError(f"--bam {path}: no {', '.join(SUFFIXES)} file in this folder")
         files += found
     return files
 
 
 class Bam(NamedTuple):
-    """An open BAM file and what its header says."""
+    """An open BAM, SAM or CRAM file and what its header says."""
 
     file: pysam.AlignmentFile
     aligned: bool
@@ -57,9 +61,7 @@ def _open(path):
         file = pysam.AlignmentFile(path, check_sq=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(reason if "EOF" in reason else "not a BAM file") from error
-    if not file.is_bam:
-        raise ValueError("not a BAM file; samtools view -b makes one of SAM or CRAM")
+        raise ValueError(reason if "EOF" in reason else "none of these") from error
     programs = file.header.to_dict().get("PG", [])
     callers = [p for p in programs if p.get("PN") == "dorado" and p.get("ID", "").startswith("basecaller")]
     versions = [re.match(r"(\d+)\.(\d+)", program.get("VN", "")) for program in callers]
@@ -67,18 +69,33 @@ def _open(path):
     return Bam(file, file.nreferences > 0, bool(RNA_MODEL.search(str(file.header))), dorado)
 
 
-class Basecalls:
-    """The basecalls in some BAM files, found by the raw read that they were made of.
+def _write_bam(path, cram, reference, out):
+    """Writes the records of a SAM or CRAM file to the BAM `out`: only there is each found again by its place."""
+    fasta = ("--reference", str(reference)) if cram and reference else ()
+    try:
+        pysam.samtools.quickcheck("-u", str(path))  # a CRAM has to have its end
+        pysam.samtools.view("-b", "--no-PG", *fasta, "-o", str(out), str(path), catch_stdout=False)
+    except pysam.SamtoolsError as error:
+        reason = first_line(error.value.partition("stderr=")[2])
+        if cram and "EOF" not in reason:
+            advice = "cannot be read with this --reference" if reference else "has its bases in a --reference"
+            raise InputError(f"--bam {path}: CRAM, {advice}; give the FASTA that it was written with") from error
+        raise ValueError(f"{reason}, or no room in {out.parent}") from error
 
-    reference: the FASTA file that aligned ones are aligned to; not needed if they have MD tags. Aligned reads of which
-    less than the share min_coverage of the called bases is aligned, or with a lower share min_identity of matches among
-    all columns, are rejected.
+
+class Basecalls:
+    """The basecalls in some BAM, SAM or CRAM files, found by the raw read that they were made of.
+
+    reference: the FASTA file that aligned ones are aligned to; not needed if they have MD tags, but for CRAM. Aligned
+    reads of which less than the share min_coverage of the called bases is aligned, or with a lower share min_identity
+    of matches among all columns, are rejected.
     called: take the called bases, even where they are aligned.
     """
 
     def __init__(self, paths, reference=None, min_coverage=0.0, min_identity=0.0, called=False):
         self.min_coverage, self.min_identity, self.keep_called = min_coverage, min_identity, called
         self.files, self.places, self.found = bam_files(paths), {}, set()
+        self.bams, self.folder = list(self.files), tempfile.TemporaryDirectory()  # of BAMs made of SAM and CRAM
         self.open = functools.lru_cache(64)(_open)  # runs come in thousands of files
         self.reference = None
         if reference:
@@ -92,10 +109,14 @@ class Basecalls:
         kinds = {}  # a file of each: aligned and unaligned
         for number, path in enumerate(tqdm(self.files, desc="indexing BAM", unit=" files")):
             try:
-                kinds[self._index(number, path)] = path
+                kinds[self._index(number, path, reference)] = path
+            except InputError:
+                raise
             except Exception as error:  # a corrupt file can bring about any
                 reason = first_line(error)
-                raise InputError(f"--bam {path}: cannot be read as BAM ({reason}); fetch or write it again") from error
+                raise InputError(
+                    f"--bam {path}: cannot be read as BAM, SAM or CRAM ({reason}); fetch or write it again"
+                ) from error
         if len(kinds) == 2:
             raise InputError(f"--bam: {kinds[True]} is aligned and {kinds[False]} is not; give BAMs of one kind")
         if reference and False in kinds:
@@ -110,9 +131,13 @@ class Basecalls:
                 f"--bam {names}: no basecall can be used (left out: {listed(reasons)}); basecall with --emit-moves"
             )
 
-    def _index(self, number, path):
+    def _index(self, number, path, reference):
         """Notes the place of each basecall in the file, or why it cannot be used; says whether they are aligned."""
         file, aligned, _, _ = _open(path)
+        if not file.is_bam:
+            self.bams[number] = Path(self.folder.name) / f"{number}.bam"
+            _write_bam(path, file.is_cram, reference, self.bams[number])
+            file = _open(self.bams[number]).file
         try:
             self._note(number, file)
         finally:
@@ -159,7 +184,7 @@ class Basecalls:
         if isinstance(place, str):
             return Rejected(raw.id, place)
         path = self.files[place[0]]
-        bam = self.open(path)
+        bam = self.open(self.bams[place[0]])
         bam.file.seek(place[1])
         record = next(bam.file)
         rna = raw.rna or bam.rna

@@ -86,6 +86,58 @@ def test_fast5_and_pod5_of_the_same_reads_agree(shared_data):
         np.testing.assert_allclose(from_pod5[read_id], current, rtol=1e-6)
 
 
+def test_fast5_and_pod5_tell_the_same_of_run_and_read(shared_data):
+    """Oxford Nanopore's converter made the one of the other."""
+    paths = [shared_data / "formats" / name for name in ("multi_read_gzip.fast5", "same_reads_as_multi_read_gzip.pod5")]
+    fast5, from_pod5 = ({raw.id: raw for raw in raw_reads(path)} for path in paths)
+    for read_id, raw in fast5.items():
+        other = from_pod5[read_id]
+        assert (raw.tags.pop("fn"), other.tags.pop("fn")) == tuple(path.name for path in paths)
+        assert raw.run == other.run and raw.tags == other.tags and raw.tags.keys() == {"ch", "mx", "rn", "st"}
+    run = {"ID": "a08e850aaa44c8b56765eee10b386fc3e516a62b", "PM": "MS00000", "LB": "TEST_SAMPLE", "SM": "TEST_SAMPLE"}
+    assert raw.run == run | {"DT": "2019-05-13T11:11:43.000+00:00"}  # and no flow cell
+    first = fast5["0000173c-bf67-44e7-9a9c-1ad0bc728e74"].tags
+    assert first == {"ch": 109, "mx": 4, "rn": 1093, "st": "2019-05-13T11:30:36.580+00:00"}  # sample 4534321
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, {}),
+        ({"exp_start_time": "2020-02-28T23:59:59Z"}, {"DT": "28T23:59:59.000", "st": "29T00:00:00.500"}),
+        ({"exp_start_time": b"2020-02-29T08:00:00.25+08:00"}, {"DT": "29T00:00:00.250", "st": "29T00:00:01.750"}),
+        ({"exp_start_time": "2020-02-29T00:00:00"}, {"DT": "29T00:00:00.000", "st": "29T00:00:01.500"}),
+        ({"exp_start_time": "1582934400"}, {"DT": "29T00:00:00.000", "st": "29T00:00:01.500"}),
+        ({"exp_start_time": "1582934400", "start_time": b"x"}, {"DT": "29T00:00:00.000"}),
+        ({"exp_start_time": "yesterday"}, {}),
+        ({"exp_start_time": "9" * 30}, {}),
+        ({"read_number": -1}, {"rn": None}),
+        ({"read_number": 2**40}, {"rn": None}),
+        ({"read_number": np.arange(3)}, {"rn": None}),
+        ({"start_mux": b""}, {"mx": None}),
+        ({"flow_cell_id": ""}, {"PU": None}),
+    ],
+)
+def test_run_and_tags_of_fast5(tmp_path, single, attributes, expected):
+    """What is no number, no time, or not there, is left out, and costs no read."""
+    run = {"run_id": b"a1", "flow_cell_id": "FAX", "device_id": "MN1", "sample_id": "two\twörds"}
+    read = {"read_number": 7, "start_mux": np.uint8(3), "start_time": np.uint64(6000)}  # 1.5 s
+    write_fast5(tmp_path / "reads.fast5", some_reads(1), single)
+    with h5py.File(tmp_path / "reads.fast5", "r+") as file:
+        parent = file["UniqueGlobalKey"] if single else next(iter(file.values()))
+        parent["channel_id"].attrs["channel_number"] = b"12"
+        parent.create_group("tracking_id").attrs.update({**run, **attributes})
+        (file["Raw/Reads/Read_7"] if single else parent["Raw"]).attrs.update({**read, **attributes})
+    (raw,) = raw_reads(tmp_path / "reads.fast5")
+    known = {"ID": "a1", "PU": "FAX", "PM": "MN1", "LB": "two?w?rds", "SM": "two?w?rds"}
+    known |= {"fn": "reads.fast5", "ch": 12, "mx": 3, "rn": 7} | expected
+    known |= {tag: f"2020-02-{known[tag]}+00:00" for tag in ("DT", "st") if tag in known}
+    known = {tag: value for tag, value in known.items() if value is not None}
+    assert raw.run == {tag: value for tag, value in known.items() if tag.isupper()}
+    assert raw.tags == {tag: value for tag, value in known.items() if tag.islower()}
+
+
 @pytest.mark.parametrize("name", ["single_read_gzip.fast5", "single_read_vbz_rna.fast5"])
 def test_single_read_files_open(shared_data, name):
     (raw,) = raw_reads(shared_data / "formats" / name)

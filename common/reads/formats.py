@@ -1,8 +1,12 @@
 """Raw reads as sequencers and basecaller trainers write them: POD5, FAST5, mapped-signal HDF5 -> RawRead."""
 
+import contextlib
 import sys
 import zlib
-from dataclasses import dataclass
+from collections import ChainMap
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import h5py
@@ -36,6 +40,8 @@ class RawRead:
     identity: float = 0.0  # of the basecall that the bases come from to the reference; 0 if there was no alignment
     coverage: float = 0.0
     split: int = -1  # 0 training, 1 validation, -1 by the hash of the id
+    run: dict = field(default_factory=dict)  # of its SAM read group ID (the run's), PU, PM, DT, LB and SM, where known
+    tags: dict = field(default_factory=dict)  # its SAM tags ch, mx, rn, st and fn, as Dorado's, where known
 
 
 class Rejected(NamedTuple):
@@ -122,9 +128,19 @@ def _pod5_reads(path):
                     float(read.calibration.scale),
                     float(read.run_info.sample_rate),
                     _is_rna(read.run_info.context_tags | {"kit": read.run_info.sequencing_kit}),
+                    **_origin(path, *_pod5_attributes(read)),
                 )
             except Exception as error:
                 yield Rejected(read_id, f"corrupt: {first_line(error)}")
+
+
+def _pod5_attributes(read):
+    """Those of the run and of the read, under the names that FAST5 has for them."""
+    info, pore = read.run_info, read.pore
+    run = {"run_id": info.acquisition_id, "flow_cell_id": info.flow_cell_id, "device_id": info.sequencer_position}
+    run |= {"sample_id": info.sample_id, "exp_start_time": info.acquisition_start_time.isoformat()}
+    of_read = {"channel_number": pore.channel, "start_mux": pore.well, "read_number": read.read_number}
+    return run, of_read | {"start_time": read.start_sample, "sampling_rate": info.sample_rate}
 
 
 def _pod5_signal(read):
@@ -183,6 +199,31 @@ def _is_rna(tags):
     return any("rna" in (name.decode() if isinstance(name, bytes) else str(name)).lower() for name in named)
 
 
+def _text(value):
+    """An attribute as SAM may hold it: printable ASCII."""
+    text = value.decode(errors="replace") if isinstance(value, bytes) else "" if value is None else str(value)
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
+
+
+def _origin(path, run, read):
+    """`run` and `tags` of a RawRead, from attributes with FAST5's names; what they do not tell is left out."""
+    names = {"ID": "run_id", "PU": "flow_cell_id", "PM": "device_id", "LB": "sample_id", "SM": "sample_id"}
+    group = {field: text for field, name in names.items() if (text := _text(run.get(name)))}
+    tags = {"fn": _text(Path(path).name)}
+    for tag, name in {"ch": "channel_number", "mx": "start_mux", "rn": "read_number"}.items():
+        with contextlib.suppress(TypeError, ValueError):  # it is not there, or no number
+            if 0 <= int(read.get(name)) < 2**31:
+                tags[tag] = int(read.get(name))
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError):
+        began = _text(run.get("exp_start_time"))  # ISO 8601, or the seconds since 1970
+        began = datetime.fromtimestamp(int(began), UTC) if began.isdecimal() else datetime.fromisoformat(began)
+        began = began.astimezone(UTC) if began.tzinfo else began.replace(tzinfo=UTC)
+        group["DT"] = began.isoformat(timespec="milliseconds")
+        began += timedelta(seconds=int(read.get("start_time")) / float(read.get("sampling_rate")))
+        tags["st"] = began.isoformat(timespec="milliseconds")
+    return {"run": group, "tags": tags}
+
+
 def _row(data):
     """The values of a data set of HDF5; ValueError where it, or a chunk of it, is not as long as it says."""
     if data.size * data.dtype.itemsize > MOST_COMPRESSED * data.id.get_storage_size():
@@ -209,21 +250,23 @@ def _unpacked_length(skipped, packed, filters, length):
     return length
 
 
-def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=()):
+def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=(), **origin):
     if signal.ndim != 1 or signal.dtype.kind not in "iu":
         raise ValueError("the signal is not a row of integers")
     if not {"range", "offset", "digitisation"} <= set(calibration):
         return Rejected(read_id, "no calibration")
     scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
     rna = _is_rna(dict(context_tags))
-    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), rna)
+    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), rna, **origin)
 
 
 def _multi_read(file, name):
     read = file[name]
     channel = read["channel_id"].attrs
     tags = read["context_tags"].attrs if "context_tags" in read else {}
-    return _hdf5_raw(name.removeprefix("read_"), read["Raw/Signal"], channel, channel["sampling_rate"], tags)
+    run = read["tracking_id"].attrs if "tracking_id" in read else {}
+    origin = _origin(file.filename, run, ChainMap(read["Raw"].attrs, channel))
+    return _hdf5_raw(name.removeprefix("read_"), read["Raw/Signal"], channel, channel["sampling_rate"], tags, **origin)
 
 
 def _single_read(file, name):
@@ -232,7 +275,9 @@ def _single_read(file, name):
     channel = file["UniqueGlobalKey/channel_id"].attrs
     read_id = read_id.decode() if isinstance(read_id, bytes) else str(read_id)
     tags = file["UniqueGlobalKey/context_tags"].attrs if "UniqueGlobalKey/context_tags" in file else {}
-    return _hdf5_raw(read_id, raw["Signal"], channel, channel["sampling_rate"], tags)
+    run = file["UniqueGlobalKey/tracking_id"].attrs if "UniqueGlobalKey/tracking_id" in file else {}
+    origin = _origin(file.filename, run, ChainMap(raw.attrs, channel))
+    return _hdf5_raw(read_id, raw["Signal"], channel, channel["sampling_rate"], tags, **origin)
 
 
 def _mapped_read(file, name):

@@ -1,4 +1,4 @@
-"""Basecall raw reads of any length with a fine-tuned basecaller: FASTQ, or BAM with move tables.
+"""Basecall raw reads of any length with a fine-tuned basecaller: FASTQ, or SAM or BAM with move tables, also aligned.
 
 A read is normalised as a whole, as in training, and cut into chunks that overlap; the log-probabilities of the chunks
 are joined in the middle of each overlap, and the read is decoded as one. A frame attends only to those near it: so
@@ -10,6 +10,7 @@ to anything; docs/results/basecalling.md compares it with the errors made.
 
     python basecall.py runs/RUN/basecaller.pt reads/ -o calls.fastq
     python basecall.py runs/RUN/basecaller.pt reads.pod5 -o calls.bam
+    python basecall.py runs/RUN/basecaller.pt reads.pod5 --reference genome.fasta -o calls.bam
 """
 
 import contextlib
@@ -18,8 +19,10 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
+import tempfile
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -40,12 +43,16 @@ from common.device import autocast, copied_to, pick_device
 from common.pore_model import HOP, frames_of, load_tensors
 from common.reads.files import written_whole
 from common.reads.formats import Rejected, count_reads, listed, raw_files, reads_of
+from common.reads.genome import open_genome
 from common.reads.normalise import normalised
 from finetune_basecaller import STEPS_PER_FRAME, Basecaller
 
 STRIDE = HOP // STEPS_PER_FRAME  # samples a time step
 BASES = bytes.maketrans(ALPHABET.encode(), bytes(range(len(ALPHABET))))  # letters to their places in ALPHABET
-FORMATS = (".fastq", ".fq", ".fastq.gz", ".fq.gz", ".bam")
+COMPLEMENT = str.maketrans("ACGT", "TGCA")
+SAM = {".bam": "wb", ".sam": "w"}  # with pysam's mode
+FORMATS = (".fastq", ".fq", ".fastq.gz", ".fq.gz", *SAM)
+TAG_TYPES = {int: "i", float: "f", str: "Z"}
 
 
 @dataclass
@@ -55,7 +62,9 @@ class Args:
     data: tyro.conf.Positional[tuple[Path, ...]]
     """raw reads: POD5, FAST5, mapped-signal HDF5, or folders of them"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """the file to write: .fastq, .fastq.gz or .bam; - writes FASTQ to standard output"""
+    """the file to write: .fastq, .fastq.gz, .bam or .sam; - writes FASTQ to standard output"""
+    reference: Path | None = None
+    """FASTA of a genome: aligns the calls to it, for .bam and .sam; needs mappy"""
     beam_size: PositiveInt = 1
     """1 decodes greedily; 5 is a little more accurate, but places some bases too early, with too low a quality, and
     needs fast-ctc-decode"""
@@ -83,6 +92,8 @@ class Call(NamedTuple):
     starts: np.ndarray
     steps: int  # time steps in all
     samples: int
+    tags: dict  # SAM tags
+    run: dict  # fields of the SAM read group, of which ID is the run
 
 
 def chunk_starts(length, chunk_len, overlap):
@@ -142,7 +153,7 @@ def decode(log_probs, beam_size):
 
 
 def usable_reads(files, left_out, bar):
-    """Yields ((id, samples, whether RNA), normalised signal) of the reads in {file: whether named itself}.
+    """Yields ((id, samples, whether RNA, tags, run), normalised signal) of the reads in {file: whether named itself}.
 
     Counts those that cannot be used in `left_out`, by reason.
     """
@@ -153,28 +164,49 @@ def usable_reads(files, left_out, bar):
             if isinstance(result, str):
                 left_out[result] += 1
             else:
-                yield (raw.id, len(raw.dacs), raw.rna), result[0]
+                signal, shift, scale = result
+                tags = raw.tags | {"sm": shift, "sd": scale, "sv": "med_mad"}  # how normalised, in pA
+                if raw.sample_rate > 0:
+                    tags["du"] = len(raw.dacs) / raw.sample_rate
+                yield (raw.id, len(raw.dacs), raw.rna, tags, raw.run), signal
 
 
 def basecalls(model, reads, args, device):
     """Yields the Call of each of `reads`, as usable_reads has them, in their order."""
-    for (read_id, samples, rna), log_probs in log_probabilities(model, reads, args, device):
+    for (read_id, samples, rna, *origin), log_probs in log_probabilities(model, reads, args, device):
         log_probs = log_probs[: -(-samples // STRIDE)]  # the last frame may go on beyond the signal
         sequence, starts, qualities = decode(log_probs, args.beam_size)
         if rna:  # the signal runs from 3' to 5'
             sequence, qualities = sequence[::-1], qualities[::-1]
-        yield Call(read_id, sequence, qualities, starts, len(log_probs), samples)
+        yield Call(read_id, sequence, qualities, starts, len(log_probs), samples, *origin)
 
 
 def fastq(call):
     return f"@{call.read_id}\n{call.sequence}\n+\n{(call.qualities + 33).tobytes().decode()}\n"
 
 
-def bam_record(call, header):
-    """An unaligned record with the move table, as Dorado writes it."""
+def sam_record(call, header, hit=None):
+    """The record of a call as Dorado writes it, aligned where mappy's `hit` says, or unaligned.
+
+    On either strand the move table is in the order of the signal, as Dorado's (its issue 1083).
+    """
     record = pysam.AlignedSegment(header)
-    record.query_name, record.flag, record.query_sequence = call.read_id, 4, call.sequence
-    record.query_qualities = array("B", call.qualities.tobytes())
+    record.query_name, record.flag = call.read_id, 4
+    sequence, qualities = call.sequence, call.qualities
+    if hit:
+        clips, record.flag = [hit.q_st, len(sequence) - hit.q_en], 0
+        if hit.strand < 0:
+            record.flag, clips = 16, clips[::-1]
+            sequence, qualities = sequence.translate(COMPLEMENT)[::-1], qualities[::-1]
+        record.reference_id, record.reference_start = header.get_tid(hit.ctg), hit.r_st
+        record.mapping_quality = hit.mapq
+        first, last = ([(pysam.CSOFT_CLIP, count)] if count else [] for count in clips)
+        record.cigartuples = [*first, *((operation, count) for count, operation in hit.cigar), *last]
+        record.set_tag("NM", hit.NM, "i")
+        record.set_tag("MD", hit.MD, "Z")
+    record.query_sequence, record.query_qualities = sequence, array("B", qualities.tobytes())
+    for tag, value in call.tags.items():
+        record.set_tag(tag, value, TAG_TYPES[type(value)])
     first = call.starts[0]
     moves = np.zeros(call.steps - first, np.int8)  # the first move is the first base
     moves[call.starts - first] = 1
@@ -186,25 +218,63 @@ def bam_record(call, header):
 
 
 @contextlib.contextmanager
-def writer(path):
-    """A function that writes a Call to `path`, which appears when all are written."""
+def sam_writer(path, mode, model, aligner):
+    """A function that writes a Call and mappy's hit of it to a BAM or SAM file, with a read group for each run.
+
+    All runs are known, and can be told in the header, only in the end: records are in a file aside till then.
+    """
+    program = {"ID": "basecaller", "PN": "poressl", "CL": shlex.join(sys.argv)}
+    contigs = [{"SN": name, "LN": len(aligner.seq(name))} for name in aligner.seq_names] if aligner else []
+    content = {"HD": {"VN": "1.6", "SO": "unknown"}, "SQ": contigs, "PG": [program]}
+    header, groups = pysam.AlignmentHeader.from_dict(content), {}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}-") as aside:
+        with pysam.AlignmentFile(aside.name, "wbu", header=header) as file:
+
+            def write(call, hit=None):
+                record, run = sam_record(call, header, hit), call.run.get("ID")
+                if run:
+                    name = f"{run}_{model}"
+                    group = call.run | {"ID": name, "PL": "ONT", "DS": f"basecall_model={model} runid={run}"}
+                    record.set_tag("RG", groups.setdefault(name, group)["ID"])
+                file.write(record)
+
+            yield write
+        header = pysam.AlignmentHeader.from_dict(content | {"RG": [*groups.values()]})
+        with (
+            pysam.AlignmentFile(aside.name, check_sq=False) as records,
+            pysam.AlignmentFile(path, mode, header=header) as file,
+        ):
+            for record in records:
+                file.write(record)
+
+
+@contextlib.contextmanager
+def writer(path, model="unknown", aligner=None):
+    """A function that writes a Call to `path`, which appears when all are written; to BAM and SAM with mappy's hit.
+
+    model: its name, in BAM and SAM.
+    """
     if str(path) == "-":
         try:
-            yield lambda call: sys.stdout.write(fastq(call))
+            yield lambda call, hit=None: sys.stdout.write(fastq(call))
             sys.stdout.flush()
         except BrokenPipeError:  # head, say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         return
     with written_whole(path, name=f"--out {path}") as part:
-        if path.suffix == ".bam":
-            program = {"ID": "basecaller", "PN": "poressl", "CL": shlex.join(sys.argv)}
-            header = pysam.AlignmentHeader.from_dict({"HD": {"VN": "1.6", "SO": "unknown"}, "PG": [program]})
-            with pysam.AlignmentFile(part, "wb", header=header) as file:
-                yield lambda call: file.write(bam_record(call, header))
+        if path.suffix in SAM:
+            with sam_writer(part, SAM[path.suffix], model, aligner) as write:
+                yield write
         else:
             with gzip.open(part, "wt") if path.suffix == ".gz" else open(part, "w") as file:
-                yield lambda call: file.write(fastq(call))
+                yield lambda call, hit=None: file.write(fastq(call))
+
+
+def n50(lengths):
+    """The length of which half of all bases are in reads so long or longer."""
+    lengths = np.sort(lengths)[::-1]
+    return lengths[np.searchsorted(lengths.cumsum(), lengths.sum() / 2)]
 
 
 def trained_chunk_len(path):
@@ -232,29 +302,45 @@ def main(args):
         raise InputError("no input; name raw files or folders of them")
     if str(args.out) != "-":
         if not args.out.name.endswith(FORMATS):
-            raise InputError(f"--out {args.out}: should end in .fastq, .fastq.gz or .bam, or be -")
+            raise InputError(f"--out {args.out}: should end in .fastq, .fastq.gz, .bam or .sam, or be -")
         if args.out.exists():
             raise InputError(f"--out {args.out}: exists; choose another name or remove it")
     if args.chunk_len % HOP or args.overlap % HOP or args.overlap >= args.chunk_len:
         raise InputError(f"--chunk-len, --overlap: should be multiples of {HOP}, and the overlap the smaller")
     if args.beam_size > 1 and not importlib.util.find_spec("fast_ctc_decode"):
         raise InputError(f"--beam-size {args.beam_size}: pip install fast-ctc-decode, or leave it out")
+    if args.reference and args.out.suffix not in SAM:
+        raise InputError(f"--reference: aligned calls need an --out that ends in .bam or .sam, not {args.out}")
     device = pick_device(args.device)
     model = open_basecaller(args.weights, args.attention_window, device)
+    aligner = open_genome(args.reference) if args.reference else None
     files = {file: file in args.data for path in args.data for file in raw_files(path)}  # whether named itself
     total = sum(map(count_reads, files))
 
-    left_out, called, bases = Counter(), 0, 0
-    with tqdm(desc="basecalling", unit=" reads", total=total) as bar, writer(args.out) as write:
+    left_out, lengths, identities, coverages = Counter(), array("q"), array("f"), array("f")
+    name = re.sub("[^!-~]", "_", f"{args.weights.absolute().parent.name}_{args.weights.stem}")
+    with tqdm(desc="basecalling", unit=" reads", total=total) as bar, writer(args.out, name, aligner) as write:
         for call in basecalls(model, usable_reads(files, left_out, bar), args, device):
             if not call.sequence:
                 left_out["no base called"] += 1
                 continue
-            write(call)
-            called, bases = called + 1, bases + len(call.sequence)
-        if not called:
+            hit = next(aligner.map(call.sequence, MD=True), None) if aligner else None
+            write(call, hit)
+            lengths.append(len(call.sequence))
+            if hit:
+                identities.append(hit.mlen / hit.blen)
+                coverages.append((hit.q_en - hit.q_st) / len(call.sequence))
+        if not lengths:
             raise InputError(f"{', '.join(map(str, args.data))}: no read was called (left out: {listed(left_out)})")
-    print(f"called: {called} reads, {bases} bases\nleft out: {listed(left_out)}", file=sys.stderr)
+    print(f"called: {len(lengths)} reads, {sum(lengths)} bases, N50 {n50(lengths)}", file=sys.stderr)
+    if aligner:
+        median = "".join(
+            f", median {name} {np.median(values):.1%}"
+            for name, values in {"identity": identities, "coverage": coverages}.items()
+            if values
+        )
+        print(f"aligned: {len(identities)} of {len(lengths)} reads{median}", file=sys.stderr)
+    print(f"left out: {listed(left_out)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 
 import basecall
 from basecall import chunk_starts, chunks_of, decode, log_probabilities
+from benchmark.evaluate_calls import read_calls
 from common import InputError
 from common.args import parse_args
 from common.ctc import ALPHABET
@@ -27,10 +28,11 @@ from common.reads.formats import RawRead, raw_reads
 from common.reads.normalise import normalised
 from finetune_basecaller import Basecaller
 from tests.forks import full_disk, script, stdout_to
-from tests.test_formats import PROJECT, wander, write_fast5, write_mapped, write_pod5
+from tests.test_bam import aligned, write_fasta
+from tests.test_formats import DIGITISATION, OFFSET, PROJECT, RANGE, RATE, wander, write_fast5, write_mapped, write_pod5
 
 CPU = torch.device("cpu")
-FORMATS = (".fastq", ".fastq.gz", ".bam")
+FORMATS = (".fastq", ".fastq.gz", ".bam", ".sam")
 
 
 def basecaller(identity=False, encoder="wide", window=75):
@@ -261,9 +263,10 @@ def call(weights, tmp_path, monkeypatch):
 
 def parsed(path):
     """{id: (sequence, qualities)}, in the order of the file."""
-    if path.suffix == ".bam":
+    if path.suffix in (".bam", ".sam"):
         with pysam.AlignmentFile(path, check_sq=False) as file:
-            return {record.query_name: (record.query_sequence, list(record.query_qualities)) for record in file}
+            records = list(file.fetch(until_eof=True))
+        return {record.query_name: (record.query_sequence, list(record.query_qualities)) for record in records}
     with pysam.FastxFile(str(path)) as file:
         return {record.name: (record.sequence, list(record.get_quality_array())) for record in file}
 
@@ -278,15 +281,20 @@ def test_all_formats_hold_the_same_reads(call, raw_file, reads, weights, capsys)
         if len(raw.dacs) <= 1205 and -len(raw.dacs) % 8 < 4:
             assert sequence == greedy(whole(model, normalised(raw)[0]))[0]
     assert 2 < np.std([quality for _, qualities in expected.values() for quality in qualities]) < 20
-    bases = sum(len(sequence) for sequence, _ in expected.values())
+    lengths = sorted((len(sequence) for sequence, _ in expected.values()), reverse=True)
+    n50 = next(length for i, length in enumerate(lengths) if 2 * sum(lengths[: i + 1]) >= sum(lengths))
     said = capsys.readouterr()
-    assert said.out == "" and f"called: {len(reads)} reads, {bases} bases\nleft out: none" in said.err
-    assert parsed(call(raw_file, out="other/calls.bam")) == expected
+    summary = f"called: {len(reads)} reads, {sum(lengths)} bases, N50 {n50}\nleft out: none\n"
+    assert said.out == "" and said.err.endswith(summary)
+    for name in ("other/calls.bam", "calls.sam"):
+        found = read_calls(path := call(raw_file, out=name))
+        assert {read: (sequence, list(qualities)) for read, (sequence, qualities) in found.items()} == expected
+        assert parsed(path) == expected
     assert gzip.decompress(call(raw_file, out="calls.fastq.gz").read_bytes()) == plain.read_bytes()
     words = [sys.executable, PROJECT / "basecall.py", *COMMON, weights, raw_file, "-o", "-"]
     done = subprocess.run(words, capture_output=True)  # the whole way once, through a process of its own
     assert done.returncode == 0 and done.stdout == plain.read_bytes()
-    assert b"basecalling: 100%" in done.stderr and done.stderr.endswith(b" bases\nleft out: none\n")
+    assert b"basecalling: 100%" in done.stderr and done.stderr.endswith(summary.encode())
 
 
 @pytest.mark.parametrize(
@@ -321,19 +329,175 @@ def test_settings_reach_the_calls(call, raw_file):
         assert found.keys() == expected.keys() and found != expected, words
 
 
-def test_tags_of_a_bam(call, raw_file, reads):
-    with pysam.AlignmentFile(call(raw_file, out="calls.bam"), check_sq=False) as file:
-        records = list(file)
-        assert file.header["HD"]["VN"] == "1.6" and file.header["PG"][0]["PN"] == "poressl"
-    assert [record.query_name for record in records] == list(reads)
-    for record in records:
-        tags, samples = dict(record.get_tags()), len(reads[record.query_name])
+@pytest.mark.parametrize("suffix", [".bam", ".sam"])
+def test_tags_as_dorados(call, weights, raw_file, reads, tmp_path, suffix):
+    """Of reads of two runs, one of which was told first; types as in dorado's documentation/SAM.md."""
+    write_pod5(tmp_path / "other.pod5", dict([*reads.items()][-3:]), acquisition_id="other", flow_cell_id="FAX\t1")
+    with pysam.AlignmentFile(call(raw_file, tmp_path / "other.pod5", out=f"calls{suffix}"), check_sq=False) as file:
+        records, header = list(file.fetch(until_eof=True)), file.header.to_dict()
+    assert header["HD"]["VN"] == "1.6" and header["PG"][0]["PN"] == "poressl" and not header.get("SQ")
+    model = f"{weights.parent.name}_basecaller"
+    group = {"PM": "test", "LB": "test", "SM": "test", "DT": "2020-01-01T00:00:00.000+00:00", "PL": "ONT"}
+    assert header["RG"] == [
+        group | {"ID": f"{run}_{model}", "PU": flow_cell, "DS": f"basecall_model={model} runid={run}"}
+        for run, flow_cell in (("test", "test"), ("other", "FAX?1"))
+    ]
+    assert [record.query_name for record in records] == [*reads, *[*reads][-3:]]
+    for number, record in enumerate(records):
+        types = {tag: kind for tag, _, kind in record.get_tags(with_value_type=True)}
+        integers = {kind for tag, kind in types.items() if tag in ("ts", "ns", "ch", "mx", "rn")}
+        assert integers <= set("cCsSiI") and {types[tag] for tag in ("qs", "du", "sm", "sd")} == {"f"}
+        assert {types[tag] for tag in ("RG", "fn", "st", "sv")} == {"Z"} and types["mv"] == "B" and len(types) == 14
+        tags, dacs = dict(record.get_tags()), reads[record.query_name]
+        later = number >= len(reads)
+        assert tags["RG"] == header["RG"][later]["ID"] and tags["fn"] == ("reads.pod5", "other.pod5")[later]
+        assert (tags["ch"], tags["mx"], tags["rn"], tags["st"]) == (1, 1, number - later * len(reads), group["DT"])
+        current = (dacs + OFFSET) * RANGE / DIGITISATION
+        deviation = np.median(np.abs(current - np.median(current)))
+        assert (tags["sm"], tags["sd"]) == pytest.approx((np.median(current), 1.4826 * deviation), rel=1e-5)
+        assert tags["sv"] == "med_mad" and tags["du"] == pytest.approx(len(dacs) / RATE, rel=1e-5)
+        samples = len(dacs)
         stride, *moves = tags["mv"]
-        assert record.flag == 4 and tags.keys() == {"mv", "ts", "ns", "qs"}
+        assert record.flag == 4
         assert stride == 4 and sum(moves) == len(record.query_sequence) and moves[0] == 1 and set(moves) <= {0, 1}
         assert tags["ns"] == samples and tags["ts"] % 4 == 0 and abs(samples - tags["ts"] - 4 * len(moves)) < 8
         errors = [10 ** (-quality / 10) for quality in record.query_qualities]
         assert tags["qs"] == pytest.approx(-10 * np.log10(sum(errors) / len(errors)), rel=1e-5)
+
+
+def test_what_a_raw_file_does_not_tell_is_no_tag(call, reads, tmp_path):
+    write_mapped(tmp_path / "reads.hdf5", reads, bases=3)
+    with pysam.AlignmentFile(call(tmp_path / "reads.hdf5", out="calls.bam"), check_sq=False) as file:
+        for record in file:
+            assert {tag for tag, _ in record.get_tags()} == {"mv", "ts", "ns", "qs", "sm", "sd", "sv"}
+        assert "RG" not in file.header
+
+
+class Aligner:
+    """As mappy's, of calls whose place is known from the columns of their alignment: {call: columns}.
+
+    Every other one is on the reverse strand of its contig. records: how the alignment should be in a BAM.
+    """
+
+    def __init__(self, columns):
+        self.contigs, self.records, self.hits = {}, {}, {}
+        for number, (call, one) in enumerate(columns.items()):
+            read = SimpleNamespace(columns=one, moves=[1], called=[(base, 0) for base in call], samples=0)
+            record = aligned(read, "a", self.contigs, reverse=number % 2 == 1)
+            self.records[call] = record
+            operations = "".join(operation for operation, *_ in one)
+            kept, clip = operations.strip("S"), len(operations) - len(operations.lstrip("S"))
+            self.hits[call] = SimpleNamespace(
+                ctg=f"contig-{number}", r_st=record.reference_start, strand=-1 if number % 2 else 1, mapq=number,
+                q_st=clip, q_en=len(call) - (len(operations) - len(operations.rstrip("S"))),
+                cigar=[[count, what] for what, count in record.cigartuples if what != pysam.CSOFT_CLIP],
+                NM=len(kept) - kept.count("="), MD=record.get_tag("MD"), mlen=kept.count("="), blen=len(kept),
+            )  # fmt: skip
+
+    seq_names = property(lambda self: list(self.contigs))
+
+    def seq(self, name):
+        return self.contigs[name]
+
+    def map(self, call, MD):
+        yield from [self.hits[call]] if call in self.hits else []
+
+
+def columns_of(rng, call):
+    """An alignment of a call to a reference that is made of it, as in test_bam.make."""
+    ends = len(call) // 10, len(call) - len(call) // 20
+    columns = [("S", "", base) for base in call[: ends[0]]]
+    for i, base in enumerate(call[slice(*ends)]):
+        what = rng.choice(list("=XDI"), p=[0.82, 0.06, 0.06, 0.06]) if 0 < i < ends[1] - ends[0] - 1 else "="
+        if what == "D":
+            columns.append(("D", rng.choice(list("ACGT")), ""))
+        other = rng.choice([one for one in "ACGT" if one != base])
+        columns.append({"X": ("X", other, base), "I": ("I", "", base)}.get(what, ("=", base, base)))
+    return columns + [("S", "", base) for base in call[ends[1] :]]
+
+
+def aligned_records(path, reference, plain):
+    """The records at `path`, in which samtools finds nothing wrong, and nothing but NM and MD that `plain` lacks."""
+    pysam.quickcheck(str(path))
+    lines = [line for line in pysam.calmd(str(path), str(reference)).splitlines() if line[0] != "@"]
+    with pysam.AlignmentFile(path) as file, pysam.AlignmentFile(plain, check_sq=False) as unaligned:
+        found = list(file)
+        for record, line, call in zip(found, lines, unaligned, strict=True):
+            assert record.query_name == call.query_name and not record.is_secondary | record.is_supplementary
+            assert record.get_forward_sequence() == call.query_sequence
+            assert list(record.get_forward_qualities()) == list(call.query_qualities)
+            assert record.get_tag("mv") == call.get_tag("mv") and record.get_tag("ts") == call.get_tag("ts")
+            more = {tag for tag, _ in record.get_tags()} - {tag for tag, _ in call.get_tags()}
+            if record.is_unmapped:
+                assert record.flag == 4 and not record.cigartuples and not more
+                continue
+            known = pysam.AlignedSegment.fromstring(line, file.header)
+            assert all(record.get_tag(tag) == known.get_tag(tag) for tag in ("NM", "MD")) and more == {"NM", "MD"}
+            assert record.infer_query_length() == len(call.query_sequence)
+    return found
+
+
+def summary_of(records):
+    mapped = [record for record in records if record.is_mapped]
+    columns = [sum(count for what, count in record.cigartuples if what != pysam.CSOFT_CLIP) for record in mapped]
+    identity = np.median([1 - record.get_tag("NM") / length for record, length in zip(mapped, columns, strict=True)])
+    coverage = np.median([record.query_alignment_length / record.query_length for record in mapped])
+    share = f"aligned: {len(mapped)} of {len(records)} reads"
+    return f"{share}, median identity {identity:.1%}, median coverage {coverage:.1%}"
+
+
+@pytest.mark.parametrize(("rna", "suffix"), [(False, ".bam"), (True, ".sam")])
+def test_calls_are_aligned_to_a_reference(call, raw_file, reads, tmp_path, monkeypatch, capsys, rna, suffix):
+    """Where it is known that they are; and prepare_data.py finds the reference's bases at their places."""
+    if rna:
+        raw_file = tmp_path / "rna.pod5"
+        write_pod5(raw_file, reads, sequencing_kit="sqk-rna004")
+    plain, rng = call(raw_file, out="plain.bam"), np.random.default_rng(0)
+    sequences = [sequence for sequence, _ in parsed(plain).values()]
+    columns = {sequence: columns_of(rng, sequence) for sequence in sequences[1:8]}  # the others are not aligned
+    aligner = Aligner(columns)
+    reference = write_fasta(tmp_path / "reference.fa", aligner.contigs)
+    monkeypatch.setattr(basecall, "open_genome", lambda path: {reference: aligner}[path])
+    capsys.readouterr()
+    path = call(raw_file, "--reference", reference, out=f"calls{suffix}")
+    said = capsys.readouterr().err.splitlines()[-2]
+    found = aligned_records(path, reference, plain)
+    assert said == summary_of(found) and [record.is_mapped for record in found] == [one in columns for one in sequences]
+    assert dict(zip(found[0].header.references, found[0].header.lengths, strict=True)) == {
+        name: len(sequence) for name, sequence in aligner.contigs.items()
+    }
+    labels, as_called = Basecalls([path], reference), Basecalls([plain])
+    for sequence, record, raw in zip(sequences, found, raw_reads(raw_file), strict=True):
+        if sequence not in columns:
+            continue
+        expected = aligner.records[sequence]
+        for name in ("flag", "reference_id", "reference_start", "cigarstring"):
+            assert getattr(record, name) == getattr(expected, name), name
+        assert record.mapping_quality == record.reference_id
+        (labelled,), (called,) = labels.label(raw), as_called.label(raw)
+        truth = columns[sequence][:: -1 if rna else 1]  # in the order of the signal
+        assert "".join(ALPHABET[base] for base in labelled.bases) == "".join(base for _, base, _ in truth)
+        of_reference = np.cumsum([base != "" for _, base, _ in truth]) - 1
+        of_call = np.cumsum([letter != "" for *_, letter in truth]) - 1
+        matched = [what in "=X" for what, *_ in truth]
+        assert np.array_equal(labelled.base_starts[of_reference[matched]], called.base_starts[of_call[matched]])
+
+
+def test_calls_are_aligned_by_mappy(call, raw_file, tmp_path, capsys):
+    pytest.importorskip("mappy")
+    plain, rng = call(raw_file, out="plain.bam"), np.random.default_rng(0)
+    aligner = Aligner({sequence: columns_of(rng, sequence) for sequence, _ in [*parsed(plain).values()][2:8]})
+    reference = write_fasta(tmp_path / "reference.fa", aligner.contigs)
+    capsys.readouterr()
+    path = call(raw_file, "--reference", reference, out="calls.bam")
+    said = capsys.readouterr().err.splitlines()[-2]
+    found = aligned_records(path, reference, plain)
+    assert said == summary_of(found)
+    pairs = [pair for pair in zip(found[2:8], aligner.records.values(), strict=True) if pair[0].is_mapped]
+    for record, expected in pairs:
+        assert (record.flag, record.reference_id) == (expected.flag, expected.reference_id)
+        assert abs(record.reference_start - expected.reference_start) < 30
+    assert len(pairs) >= 3 and found[7].is_reverse  # it is the longest
 
 
 @pytest.mark.parametrize("rna", [False, True])
@@ -437,7 +601,7 @@ def many_calls(*_):
     rng = np.random.default_rng(0)
     for number in range(20):
         sequence, qualities = "".join(rng.choice(list("ACGT"), 10_000)), rng.integers(0, 50, 10_000, np.uint8)
-        yield basecall.Call(f"read-{number}", sequence, qualities, np.arange(10_000), 10_000, 40_000)
+        yield basecall.Call(f"read-{number}", sequence, qualities, np.arange(10_000), 10_000, 40_000, {}, {})
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -532,9 +696,21 @@ def test_beam_search_says_what_to_install(refused, raw_file, monkeypatch):
     assert refused(raw_file, "--beam-size", "5") == "--beam-size 5: pip install fast-ctc-decode, or leave it out"
 
 
+def test_a_reference_that_cannot_be(refused, call, raw_file, reads, tmp_path, monkeypatch, capsys):
+    for name in ("calls.fastq", "-"):
+        said = f"--reference: aligned calls need an --out that ends in .bam or .sam, not {name}"
+        assert refused(raw_file, "--reference", "genome.fa", out=name) == said
+    monkeypatch.setattr(basecall, "open_genome", lambda _: Aligner({"ACGT": [("=", base, base) for base in "ACGT"]}))
+    call(raw_file, "--reference", "genome.fa", out="calls.bam")
+    assert f"\naligned: 0 of {len(reads)} reads\nleft out: none\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "mappy", None)
+    assert refused(raw_file, "--reference", "genome.fa", out="other.bam").startswith("--reference: pip install mappy")
+
+
 def test_outputs_that_cannot_be(refused, raw_file, tmp_path):
-    for name in ("calls", "calls.sam", "calls.bam.gz", "calls.txt", "calls.gz"):
-        assert refused(raw_file, out=name) == f"--out {name}: should end in .fastq, .fastq.gz or .bam, or be -"
+    for name in ("calls", "calls.cram", "calls.bam.gz", "calls.txt", "calls.gz"):
+        assert refused(raw_file, out=name) == f"--out {name}: should end in .fastq, .fastq.gz, .bam or .sam, or be -"
     (tmp_path / "calls.bam").write_text("mine")
     assert refused(raw_file, out="calls.bam").startswith("--out calls.bam: exists")
     assert (tmp_path / "calls.bam").read_text() == "mine"

@@ -346,7 +346,7 @@ def test_errors_for_people(made, command, tmp_path, words, message):
 
 def test_what_to_install_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "mappy", None)
-    with pytest.raises(InputError, match="--reference with --basecaller: pip install mappy"):
+    with pytest.raises(InputError, match="--reference: pip install mappy"):
         open_genome(tmp_path / "genome.fasta")
 
 

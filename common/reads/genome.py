@@ -30,7 +30,7 @@ def open_genome(path):
         import mappy  # here, since it is optional
     except ImportError as error:
         raise InputError(
-            "--reference with --basecaller: pip install mappy, which builds it: a C compiler and zlib have to be there"
+            "--reference: pip install mappy, which builds it: a C compiler and zlib have to be there"
         ) from error
     aligner = mappy.Aligner(str(path), preset="map-ont", k=10, w=4, min_chain_score=25, scoring=(5, 4, 4, 4))
     with contextlib.suppress(UnicodeDecodeError):  # names, of what is no text

@@ -200,8 +200,8 @@ def sam_record(call, header, hit=None):
             sequence, qualities = sequence.translate(COMPLEMENT)[::-1], qualities[::-1]
         record.reference_id, record.reference_start = header.get_tid(hit.ctg), hit.r_st
         record.mapping_quality = hit.mapq
-        first, last = ([(pysam.CSOFT_CLIP, count)] if count else [] for count in clips)
-        record.cigartuples = [*first, *((operation, count) for count, operation in hit.cigar), *last]
+        cigar = [(clips[0], pysam.CSOFT_CLIP), *hit.cigar, (clips[1], pysam.CSOFT_CLIP)]
+        record.cigartuples = [(operation, count) for count, operation in cigar if count]
         record.set_tag("NM", hit.NM, "i")
         record.set_tag("MD", hit.MD, "Z")
     record.query_sequence, record.query_qualities = sequence, array("B", qualities.tobytes())
@@ -334,12 +334,10 @@ def main(args):
             raise InputError(f"{', '.join(map(str, args.data))}: no read was called (left out: {listed(left_out)})")
     print(f"called: {len(lengths)} reads, {sum(lengths)} bases, N50 {n50(lengths)}", file=sys.stderr)
     if aligner:
-        median = "".join(
-            f", median {name} {np.median(values):.1%}"
-            for name, values in {"identity": identities, "coverage": coverages}.items()
-            if values
-        )
-        print(f"aligned: {len(identities)} of {len(lengths)} reads{median}", file=sys.stderr)
+        aligned = f"aligned: {len(identities)} of {len(lengths)} reads"
+        if identities:
+            aligned += f", median identity {np.median(identities):.1%}, median coverage {np.median(coverages):.1%}"
+        print(aligned, file=sys.stderr)
     print(f"left out: {listed(left_out)}", file=sys.stderr)
 
 

@@ -211,10 +211,10 @@ def _origin(path, run, read):
     group = {field: text for field, name in names.items() if (text := _text(run.get(name)))}
     tags = {"fn": _text(Path(path).name)}
     for tag, name in {"ch": "channel_number", "mx": "start_mux", "rn": "read_number"}.items():
-        with contextlib.suppress(TypeError, ValueError):  # it is not there, or no number
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # it is not there, or no number
             if 0 <= int(read.get(name)) < 2**31:
                 tags[tag] = int(read.get(name))
-    with contextlib.suppress(TypeError, ValueError, ArithmeticError):
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError, OSError):  # OSError of a year far off
         began = _text(run.get("exp_start_time"))  # ISO 8601, or the seconds since 1970
         began = datetime.fromtimestamp(int(began), UTC) if began.isdecimal() else datetime.fromisoformat(began)
         began = began.astimezone(UTC) if began.tzinfo else began.replace(tzinfo=UTC)

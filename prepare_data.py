@@ -22,17 +22,18 @@ from tqdm import tqdm
 import basecall
 from common import InputError
 from common.args import Share, parse_args
-from common.chunks import Chunks, open_data
+from common.chunks import Chunks
 from common.ctc import best_path, ctc_steps_needed
 from common.device import pick_device
 from common.pore_model import frames_of
 from common.reads.bam import Basecalls
 from common.reads.bonito import write_bonito
+from common.reads.chemistry import say_chemistry
 from common.reads.files import written_whole
 from common.reads.formats import is_bonito
 from common.reads.genome import Genome, open_genome
 from common.reads.kmers import shared_kmers
-from common.reads.store import prepare
+from common.reads.store import open_stores, prepare
 
 
 @dataclass
@@ -148,7 +149,7 @@ def main(args):
     elif args.basecaller:
         labels = genome_of(args)
     if args.bonito:
-        stores = open_data(args.data)
+        stores = open_stores(args.data)
         export_bonito(stores, args.out, args.chunk_len)
     else:
         stores = [prepare(args.data, args.out, args.chunk_len, args.labelled_only, labels)]
@@ -156,6 +157,7 @@ def main(args):
         print("\n".join(store.report()))
     if labels:
         print(labels.report(stores[0].reads))
+    say_chemistry(stores)
     print("audit:")
     audit(stores, args.chunk_len)
     print(f"wrote {args.out}")

@@ -13,6 +13,7 @@ import torch
 
 from common import InputError
 from common.device import all_gather_lists, copied_to, part_of, world_size
+from common.reads.chemistry import say_chemistry
 from common.reads.store import open_stores
 
 VALIDATION = 0.1  # the share of reads kept for validation
@@ -27,11 +28,7 @@ def open_data(paths):
     stores = open_stores(paths)
     if len(set(all_gather_lists([tuple(zlib.crc32(store.reads.tobytes()) for store in stores)]))) > 1:
         raise InputError("--data: other reads on each host; give all the same")
-    rates = np.concatenate([store.reads["sample_rate"] for store in stores])
-    rates, counts = np.unique(rates[rates > 0], return_counts=True)
-    if len(rates) > 1:
-        found = ", ".join(f"{n} reads of {rate:.0f} Hz" for rate, n in zip(rates, counts, strict=True))
-        print(f"--data: sample rates differ ({found}); a basecaller is for one of them")
+    say_chemistry(stores)
     return stores
 
 

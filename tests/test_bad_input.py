@@ -160,7 +160,7 @@ def test_a_folder_of_which_a_file_cannot_be_read(simulated, tmp_path, capsys):
     shutil.copy(simulated, tmp_path / "in" / "deep" / "whole.hdf5")
     (tmp_path / "in" / "text.pod5").write_text("no")
     (tmp_path / "in" / "a-folder.fast5").mkdir()
-    store = prepare_data.open_data([tmp_path / "in"])[0]
+    store = prepare_data.open_stores([tmp_path / "in"])[0]
     assert store.info["left_out"] == {"in files that cannot be read": 1} and len(store.reads) == 12
     assert f"passed over: {tmp_path}/in/text.pod5" in capsys.readouterr().err
 
@@ -190,7 +190,7 @@ def test_a_bad_read_in_a_good_file_is_skipped_and_counted(simulated, tmp_path, c
     content = bytearray(path.read_bytes())
     content[chunk.byte_offset + 20 : chunk.byte_offset + 200] = bytes(180)
     path.write_bytes(content)
-    store = prepare_data.open_data([path])[0]
+    store = prepare_data.open_stores([path])[0]
     left_out = {reason.split(":")[0]: count for reason, count in store.info["left_out"].items()}
     assert left_out == {"no calibration": 2, "corrupt": 1} and store.info["kept"] == {"labelled": 9}
     assert "2 no calibration, 1 corrupt" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_a_corrupt_read_in_a_good_pod5(shared_data, tmp_path):
     content = bytearray((shared_data / "formats/same_reads_as_multi_read_gzip.pod5").read_bytes())
     content[100_000:100_300] = bytes(300)  # in the compressed signal of one read
     (tmp_path / "hole.pod5").write_bytes(content)
-    info = prepare_data.open_data([tmp_path / "hole.pod5"])[0].info
+    info = prepare_data.open_stores([tmp_path / "hole.pod5"])[0].info
     ((reason, count),) = info["left_out"].items()
     assert info["kept"] == {"unlabelled": 9} and reason.startswith("corrupt: ") and count == 1
 

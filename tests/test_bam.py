@@ -218,7 +218,9 @@ def test_an_unaligned_bam_gives_the_called_bases(one, rna):
 @pytest.mark.parametrize("model", ["rna_r9.4.1_70bps_hac", "rna004_130bps_sup@v5.1.0", "rna002_70bps_fast@v3"])
 def test_reads_are_rna_by_the_model(one, model):
     read = make(0)
-    is_called(one(unaligned(read, "a", rna=True), read.samples, model=model), read)
+    labelled = one(unaligned(read, "a", rna=True), read.samples, model=model)
+    is_called(labelled, read)
+    assert labelled.rna
 
 
 def test_reads_are_rna_by_the_raw_file(shared_data):

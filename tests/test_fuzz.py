@@ -508,6 +508,7 @@ ODD_VALUES = {
     ("run_info", "acquisition_id"): [None, "", "a\n" * 5000],
     ("run_info", "sample_rate"): [0, 65535, None],
     ("run_info", "sequencing_kit"): [None, "", "rna", "a\n" * 5000],
+    ("run_info", "flow_cell_product_code"): [None, "", "FLO-\x1b", "a\n" * 5000],
     ("run_info", "context_tags"): [None, [], [("kit", None)], [("a", "a")] * 5000],
     ("run_info", "acquisition_start_time"): [2**62, None],
 }
@@ -665,7 +666,7 @@ TABLE = st.tuples(
     st.sampled_from(
         [(field, value) for field in ("start", "length", "bases_start", "bases_length") for value in ODD_PLACES]
         + [("sample_rate", np.nan), ("shift", np.inf), ("id", b"\xff\xfe"), ("id", b""), ("split", 7), ("split", -128)]
-        + [("id", "é".encode()[:1]), ("whole", True)]
+        + [("id", "é".encode()[:1]), ("whole", True), ("kit", b"\xff\xfe"), ("flow_cell", b"FLO-\n")]
     ),
 ).map(lambda drawn: (drawn[0], *drawn[1]))
 

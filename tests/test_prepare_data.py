@@ -46,7 +46,7 @@ def test_command_line_writes_a_store_and_prints_an_account(simulated, tmp_path):
         samples = sum(read["Ref_to_signal"][-1] - read["Ref_to_signal"][0] for read in reads)
         bases = sum(len(read["Reference"]) for read in reads)
     lines = [line.strip() for line in done.stdout.splitlines()]
-    assert {"kept: 12 labelled", "left out: none"} <= set(lines)
+    assert {"kept: 12 labelled", "left out: none", "reads: 12 of R9.4.1 DNA at 4 kHz (FLO-MIN106)"} <= set(lines)
     assert f"training: 10 labelled reads, {len(tiles['training'])} chunks of {LENGTH}" in lines
     assert f"validation: 2 labelled reads, {len(tiles['validation'])} chunks of {LENGTH}" in lines
     assert f"{samples / bases:.2f} samples per base" in lines

@@ -47,13 +47,16 @@ def entries(folder):
 # ------------------------------------------------------------------------------------------------------- read store
 
 
-def test_a_store_without_identity_and_coverage_still_opens(few, tmp_path):
-    """Written before the table had these columns."""
+@pytest.mark.parametrize("columns", [10, 12])
+def test_a_store_of_before_still_opens(few, tmp_path, columns):
+    """Written before the table had identity and coverage, or what tells the chemistry."""
     shutil.copytree(few, tmp_path / "old")
     table = np.load(few / "reads.npy")
-    assert table.dtype.names[-2:] == ("identity", "coverage") and not table["identity"].any()
-    np.save(tmp_path / "old" / "reads.npy", table[list(table.dtype.names[:-2])].astype(table.dtype.descr[:-2]))
-    assert (ReadStore(tmp_path / "old").reads == table).all()
+    assert table.dtype.names[10:] == ("identity", "coverage", "kit", "flow_cell", "rna")
+    older, newer = list(table.dtype.names[:columns]), list(table.dtype.names[columns:])
+    np.save(tmp_path / "old" / "reads.npy", table[older].astype(table.dtype.descr[:columns]))
+    found = ReadStore(tmp_path / "old").reads
+    assert (found[older] == table[older]).all() and not any(map(any, found[newer].tolist()))
 
 
 def test_store_of_unlabelled_reads(tmp_path):
@@ -183,6 +186,13 @@ def test_raw_input_is_prepared_once_and_again_when_it_changes(simulated, tmp_pat
     changed = open_data([path])[0]
     assert len(calls) == 2 and entries(cache) == sorted([first.path, changed.path])
     assert changed.signal[0] != first.signal[0] and (changed.signal[1:] == first.signal[1:]).all()
+
+
+def test_what_was_prepared_with_other_columns_is_prepared_anew(simulated, cache, monkeypatch):
+    store.open_stores([simulated])
+    monkeypatch.setattr(store, "READ_DTYPE", np.dtype(store.READ_DTYPE.descr[:-1]))
+    store.open_stores([simulated])
+    assert len(entries(cache)) == 2
 
 
 def test_a_store_is_opened_where_it_is(simulated, tmp_path, cache):

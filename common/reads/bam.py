@@ -202,7 +202,8 @@ class Basecalls:
             return Rejected(raw.id, "bases other than A, C, G and T")
         # what follows the colon does not count for the split: parts stay with their parent
         read_id = f"{raw.id}:{record.get_tag('sp')}" if record.has_tag("pi") else raw.id
-        return replace(raw, id=read_id, bases=bases, base_starts=starts, identity=identity, coverage=coverage)
+        labels = {"bases": bases, "base_starts": starts, "identity": identity, "coverage": coverage}
+        return replace(raw, id=read_id, rna=rna, **labels)
 
     def _reference_bases(self, record, called, starts, rna, path):
         """The reference's bases 1-4, the first sample of each and the end, and the identity; or why there are none."""

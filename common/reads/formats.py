@@ -15,6 +15,7 @@ import pod5
 from tqdm import tqdm
 
 from common import InputError
+from common.reads.chemistry import Chemistry, product_code
 
 try:  # importing it registers the filter with h5py
     import vbz_h5py_plugin
@@ -42,6 +43,12 @@ class RawRead:
     split: int = -1  # 0 training, 1 validation, -1 by the hash of the id
     run: dict = field(default_factory=dict)  # of its SAM read group ID (the run's), PU, PM, DT, LB and SM, where known
     tags: dict = field(default_factory=dict)  # its SAM tags ch, mx, rn, st and fn, as Dorado's, where known
+    kit: str = ""  # product codes, as SQK-LSK109 and FLO-MIN106; empty if unknown
+    flow_cell: str = ""
+
+    @property
+    def chemistry(self):
+        return Chemistry.of(self.kit, self.flow_cell, self.rna, self.sample_rate)
 
 
 class Rejected(NamedTuple):
@@ -121,13 +128,15 @@ def _pod5_reads(path):
             read_id = "without an id"
             try:
                 read_id = str(read.read_id)
+                info = read.run_info
+                tags = {"kit": info.sequencing_kit, "flow_cell_product_code": info.flow_cell_product_code}
                 yield RawRead(
                     read_id,
                     _pod5_signal(read),
                     float(read.calibration.offset),
                     float(read.calibration.scale),
-                    float(read.run_info.sample_rate),
-                    _is_rna(read.run_info.context_tags | {"kit": read.run_info.sequencing_kit}),
+                    float(info.sample_rate),
+                    **_from_tags(info.context_tags | tags),
                     **_origin(path, *_pod5_attributes(read)),
                 )
             except Exception as error:
@@ -193,10 +202,13 @@ def first_line(error):
     return "".join(letter if letter.isprintable() else "?" for letter in text[0])[:200]
 
 
-def _is_rna(tags):
-    """Whether the sequencer's context tags name a kit, or a sort of experiment, for direct RNA."""
-    named = (tags.get(name, "") for name in ("kit", "sequencing_kit", "experiment_type", "experiment_kit"))
-    return any("rna" in (name.decode() if isinstance(name, bytes) else str(name)).lower() for name in named)
+def _from_tags(tags):
+    """What the sequencer's tags say of the kit, the flow cell, and whether a kit or an experiment is of direct RNA."""
+    named = [tags.get(name, "") for name in ("kit", "sequencing_kit", "experiment_type", "experiment_kit")]
+    rna = any("rna" in (name.decode() if isinstance(name, bytes) else str(name)).lower() for name in named)
+    kit = product_code(tags.get("kit")) or product_code(tags.get("sequencing_kit"))
+    flow_cell = product_code(tags.get("flow_cell_product_code")) or product_code(tags.get("flowcell_type"))
+    return {"rna": rna, "kit": kit, "flow_cell": flow_cell}
 
 
 def _text(value):
@@ -250,22 +262,26 @@ def _unpacked_length(skipped, packed, filters, length):
     return length
 
 
-def _hdf5_raw(read_id, signal, calibration, sample_rate, context_tags=(), **origin):
+def _hdf5_raw(read_id, signal, calibration, sample_rate, tags, **origin):
     if signal.ndim != 1 or signal.dtype.kind not in "iu":
         raise ValueError("the signal is not a row of integers")
     if not {"range", "offset", "digitisation"} <= set(calibration):
         return Rejected(read_id, "no calibration")
     scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
-    rna = _is_rna(dict(context_tags))
-    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), rna, **origin)
+    tags = _from_tags(tags)
+    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), **tags, **origin)
+
+
+def _tags(group):
+    """The sequencer's tags in FAST5; those of old MinKNOWs have the flow cell among the context tags."""
+    return ChainMap(*(group[name].attrs for name in ("context_tags", "tracking_id") if name in group))
 
 
 def _multi_read(file, name):
     read = file[name]
     channel = read["channel_id"].attrs
-    tags = read["context_tags"].attrs if "context_tags" in read else {}
-    run = read["tracking_id"].attrs if "tracking_id" in read else {}
-    origin = _origin(file.filename, run, ChainMap(read["Raw"].attrs, channel))
+    tags = _tags(read)
+    origin = _origin(file.filename, tags, ChainMap(read["Raw"].attrs, channel))
     return _hdf5_raw(name.removeprefix("read_"), read["Raw/Signal"], channel, channel["sampling_rate"], tags, **origin)
 
 
@@ -274,16 +290,15 @@ def _single_read(file, name):
     read_id = raw.attrs["read_id"]
     channel = file["UniqueGlobalKey/channel_id"].attrs
     read_id = read_id.decode() if isinstance(read_id, bytes) else str(read_id)
-    tags = file["UniqueGlobalKey/context_tags"].attrs if "UniqueGlobalKey/context_tags" in file else {}
-    run = file["UniqueGlobalKey/tracking_id"].attrs if "UniqueGlobalKey/tracking_id" in file else {}
-    origin = _origin(file.filename, run, ChainMap(raw.attrs, channel))
+    tags = _tags(file["UniqueGlobalKey"])
+    origin = _origin(file.filename, tags, ChainMap(raw.attrs, channel))
     return _hdf5_raw(read_id, raw["Signal"], channel, channel["sampling_rate"], tags, **origin)
 
 
 def _mapped_read(file, name):
     """taiyaki's mapped-signal format: Reference 0-3 = ACGT, Ref_to_signal the first sample of each base and the end."""
     read = file["Reads"][name]
-    raw = _hdf5_raw(name, read["Dacs"], read.attrs, read.attrs.get("sample_rate", 0.0))
+    raw = _hdf5_raw(name, read["Dacs"], read.attrs, read.attrs.get("sample_rate", 0.0), read.attrs)
     if isinstance(raw, Rejected):
         return raw
     bases, starts = _row(read["Reference"]), _row(read["Ref_to_signal"])

@@ -148,6 +148,7 @@ def write_simulated(path, reads, mean_bases=4000, seed=0, easy=False):
             shift = np.median(current)
             group.attrs.update(
                 read_id=read_id, range=RANGE, offset=OFFSET, digitisation=DIGITISATION, sample_rate=SAMPLE_RATE,
+                flow_cell_product_code="FLO-MIN106",  # whose pore this is
                 shift_frompA=shift, scale_frompA=1.4826 * np.median(abs(current - shift)),
             )  # fmt: skip
     with written_whole(Path(path)) as part:

@@ -44,9 +44,12 @@ READ_DTYPE = np.dtype(
         # of the basecall's alignment to the reference whose bases the read has, 0 if there was none:
         ("identity", "f4"),  # share of matches in the alignment
         ("coverage", "f4"),  # share of the called bases in the alignment
+        ("kit", "S32"),  # product codes; empty if unknown
+        ("flow_cell", "S16"),
+        ("rna", "?"),  # known to be RNA
     ]
 )
-BEFORE_IDENTITY = np.dtype(READ_DTYPE.descr[:-2])  # tables written before there were these two columns
+OLDER = [np.dtype(READ_DTYPE.descr[:columns]) for columns in (10, 12)]  # tables written before there were all columns
 
 
 class StoreWriter:
@@ -61,6 +64,7 @@ class StoreWriter:
 
     def add(self, read_id, signal, bases=(), base_starts=(), **columns):
         row = {"sample_rate": 0, "shift": 0, "scale": 1, "whole": False, "split": -1, "identity": 0, "coverage": 0}
+        row |= {"kit": "", "flow_cell": "", "rna": False}
         row |= {"id": read_id.encode(), "start": self.signal.rows, "length": len(signal)}
         row |= {"bases_start": self.bases.rows, "bases_length": len(bases)} | columns
         self.reads.append(tuple(row[name] for name in READ_DTYPE.names))
@@ -96,7 +100,8 @@ class StoreWriter:
                 first, end = raw.base_starts[[0, -1]]
                 signal, bases, starts = signal[first:end], raw.bases, raw.base_starts[:-1] - first
             if len(signal) >= min_len:
-                columns = {name: getattr(raw, name) for name in ("sample_rate", "split", "identity", "coverage")}
+                columns = ("sample_rate", "split", "identity", "coverage", "kit", "flow_cell", "rna")
+                columns = {name: getattr(raw, name) for name in columns}
                 self.add(raw.id, signal, bases, starts, shift=shift, scale=scale, **columns)
                 self.ids.add((raw.id, labelled))  # the same read with and without bases is of use for both
                 return
@@ -162,9 +167,9 @@ class ReadStore:
                 raise ValueError("written by another version")
             self.report()  # which needs all that should be there
             self.reads = np.array(load_npy(self.path / "reads.npy"))
-            if self.reads.dtype == BEFORE_IDENTITY:
+            if self.reads.dtype in OLDER:
                 table = np.zeros(self.reads.shape, READ_DTYPE)
-                table[list(BEFORE_IDENTITY.names)] = self.reads
+                table[list(self.reads.dtype.names)] = self.reads
                 self.reads = table
             self.signal, self.bases, self.base_starts = (
                 load_npy(self.path / f"{name}.npy") for name in ("signal", "bases", "base_starts")
@@ -211,7 +216,7 @@ def open_stores(paths):
         if is_store(path):
             stores.append(ReadStore(path))
             continue
-        key = hashlib.blake2b(f"{STORE_VERSION} {SATURATED}".encode(), digest_size=16)
+        key = hashlib.blake2b(f"{STORE_VERSION} {SATURATED} {READ_DTYPE.names}".encode(), digest_size=16)
         files = sorted(path.rglob("*.npy")) if is_bonito(path) else raw_files(path)
         for file in files:
             try:

@@ -41,6 +41,7 @@ from common.args import parse_args
 from common.ctc import ALPHABET, best_path
 from common.device import autocast, copied_to, pick_device
 from common.pore_model import HOP, frames_of, load_tensors
+from common.reads.chemistry import in_words
 from common.reads.files import written_whole
 from common.reads.formats import Rejected, count_reads, listed, raw_files, reads_of
 from common.reads.genome import open_genome
@@ -152,10 +153,10 @@ def decode(log_probs, beam_size):
     return sequence, starts, (-10 * np.log10(error.clip(1e-5, 1))).round().astype(np.uint8)
 
 
-def usable_reads(files, left_out, bar):
+def usable_reads(files, left_out, chemistries, bar):
     """Yields ((id, samples, whether RNA, tags, run), normalised signal) of the reads in {file: whether named itself}.
 
-    Counts those that cannot be used in `left_out`, by reason.
+    Counts those that cannot be used in `left_out`, by reason, and the others in `chemistries`.
     """
     for file, named in files.items():
         for raw in reads_of(file, named):
@@ -164,6 +165,7 @@ def usable_reads(files, left_out, bar):
             if isinstance(result, str):
                 left_out[result] += 1
             else:
+                chemistries[raw.chemistry] += 1
                 signal, shift, scale = result
                 tags = raw.tags | {"sm": shift, "sd": scale, "sv": "med_mad"}  # how normalised, in pA
                 if raw.sample_rate > 0:
@@ -317,10 +319,11 @@ def main(args):
     files = {file: file in args.data for path in args.data for file in raw_files(path)}  # whether named itself
     total = sum(map(count_reads, files))
 
-    left_out, lengths, identities, coverages = Counter(), array("q"), array("f"), array("f")
+    left_out, chemistries = Counter(), Counter()
+    lengths, identities, coverages = array("q"), array("f"), array("f")
     name = re.sub("[^!-~]", "_", f"{args.weights.absolute().parent.name}_{args.weights.stem}")
     with tqdm(desc="basecalling", unit=" reads", total=total) as bar, writer(args.out, name, aligner) as write:
-        for call in basecalls(model, usable_reads(files, left_out, bar), args, device):
+        for call in basecalls(model, usable_reads(files, left_out, chemistries, bar), args, device):
             if not call.sequence:
                 left_out["no base called"] += 1
                 continue
@@ -330,6 +333,18 @@ def main(args):
             if hit:
                 identities.append(hit.mlen / hit.blen)
                 coverages.append((hit.q_en - hit.q_st) / len(call.sequence))
+        others = {one: number for one, number in chemistries.items() if one.differs(model.chemistry)}
+        if others:
+            tqdm.write(
+                f"{args.weights}: is for {model.chemistry}; {sum(others.values())} of {chemistries.total()} reads are "
+                f"of another chemistry ({in_words(others)}): expect wrong bases in them, or none",
+                file=sys.stderr,
+            )
+        elif left_out["no base called"] > len(lengths):
+            tqdm.write(
+                f"{args.weights}: calls no base in most reads; are they of the chemistry that it was trained on?",
+                file=sys.stderr,
+            )
         if not lengths:
             raise InputError(f"{', '.join(map(str, args.data))}: no read was called (left out: {listed(left_out)})")
     print(f"called: {len(lengths)} reads, {sum(lengths)} bases, N50 {n50(lengths)}", file=sys.stderr)

@@ -17,6 +17,7 @@ What is validated and saved is an exponential moving average of the weights.
 """
 
 import copy
+import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,7 @@ from common.device import (
     seed_step,
 )
 from common.pore_model import HOP, PoreModel
+from common.reads.chemistry import Chemistry, agreed, chemistries_of
 from common.reads.kmers import shared_kmers
 from common.run import LOG_EVERY, Run, say_cost, stop_if_not_finite
 from masked import find_events, hide
@@ -136,6 +138,8 @@ class Args:
 class Basecaller(nn.Module):
     """A pore model and a linear head of two time steps per frame."""
 
+    chemistry = Chemistry()  # of the reads it was trained on
+
     def __init__(self, pore_model):
         super().__init__()
         self.pore_model = pore_model
@@ -146,10 +150,17 @@ class Basecaller(nn.Module):
         """The basecaller that `state`, the content of basecaller.pt, holds. ValueError if it holds none."""
         try:
             model = cls(PoreModel.from_state_dict(state))
-            model.load_state_dict(state)
-        except (AttributeError, RuntimeError, ValueError) as error:
+            model.load_state_dict({name: state[name] for name in state if name != "chemistry"})
+            if "chemistry" in state:  # not in files of before
+                model.chemistry = Chemistry(*json.loads(bytes(state["chemistry"].tolist())))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError("these are not a basecaller's weights") from error
         return model
+
+    def to_file(self):
+        """The content of basecaller.pt: the state dict, and the chemistry as JSON in bytes."""
+        text = json.dumps(self.chemistry).encode()
+        return self.state_dict() | {"chemistry": torch.tensor([*text], dtype=torch.uint8)}
 
     def forward(self, signal, lengths=None):
         """signal (N, L), lengths (N,) or None -> log-probabilities (N, 2 T, 5) in float32, their lengths (N,)."""
@@ -279,9 +290,9 @@ def load_weights(model, path, new_head):
     state = model.pore_model.load_weights(path)
     if "head.weight" in state and not new_head:
         try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise InputError(f"--weights {path}: these are not a basecaller's weights") from error
+            model.load_state_dict(Basecaller.from_state_dict(state).state_dict())
+        except ValueError as error:
+            raise InputError(f"--weights {path}: {error}") from error
 
 
 def main(args):
@@ -303,6 +314,7 @@ def main(args):
     validation = Chunks(stores, args.chunk_len, "validation", True)
     if args.tune:
         validation = Chunks(stores, args.chunk_len, "training", True, "finetuning")
+    model.chemistry = agreed(chemistry for chemistry, _ in chemistries_of(chunks.reads[np.unique(chunks.read_of)]))
     print(
         f"training: {chunks.number_of_reads} reads, {len(chunks)} chunks; "
         f"validation: {validation.number_of_reads} reads, {len(validation)} chunks"
@@ -366,7 +378,7 @@ def main(args):
             run.log(step, **metrics)
             if metrics["validation/loss"] < best.loss:
                 best.loss = metrics["validation/loss"]
-                run.save("basecaller.pt", average.state_dict())
+                run.save("basecaller.pt", average.to_file())
         if run.stop or run.checkpoint_due or step == last:
             run.checkpoint(step, parts)
         if run.stop:  # Ctrl-C or SIGTERM
@@ -375,8 +387,8 @@ def main(args):
     if last % validate_every and last < total:  # --max-steps; --resume will cut this line off again
         run.log(last, **validate(average, validation, args.batch_size, device, args.precision))
     if best.loss == math.inf:
-        run.save("basecaller.pt", average.state_dict())
-    run.save("basecaller_last.pt", average.state_dict())
+        run.save("basecaller.pt", average.to_file())
+    run.save("basecaller_last.pt", average.to_file())
     if rank() == 0:  # which alone has the first validation chunk
         run.picture("calls", draw_calls(average, validation, device, args.precision))
     print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")

@@ -109,7 +109,7 @@ def measure_basecalling(weights, args, folder):
     def call():
         inputs.clear(), samples.clear()
         files = {file: True for path in args.raw for file in basecall.raw_files(path)}
-        reads = itertools.islice(basecall.usable_reads(files, Counter(), tqdm(disable=True)), args.reads)
+        reads = itertools.islice(basecall.usable_reads(files, Counter(), Counter(), tqdm(disable=True)), args.reads)
         with basecall.writer(settings.out) as write:
             for one in basecall.basecalls(model, reads, settings, device):
                 write(one)

@@ -1,14 +1,25 @@
 """What chemistry reads are of (common/reads/chemistry.py): from files to the store, the line of a run, basecall.py."""
 
+import json
 import re
+import sys
+import uuid
 
 import h5py
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 
+import basecall
+import finetune_basecaller
+from common import InputError
+from common.args import parse_args
 from common.chunks import open_data
 from common.reads.chemistry import Chemistry, agreed, product_code
 from common.reads.formats import raw_reads
+from finetune_basecaller import Args, Basecaller, main
+from tests.test_basecall import basecaller
 from tests.test_formats import some_reads, write_fast5, write_mapped, write_pod5
 
 
@@ -139,3 +150,77 @@ def test_of_many_sorts_the_most_frequent_are_said(tmp_path, capsys):
     open_data([tmp_path])
     words = "; ".join(f"{6 - i} of DNA at 4 kHz (FLO-MIN90{i})" for i in range(4))
     assert capsys.readouterr().out.splitlines()[-1] == f"reads: {words}; 3 of others"
+
+
+def saved(chemistry=None):
+    """What basecaller.pt of random weights holds; without `chemistry` as it was before it had any."""
+    model = basecaller()
+    if chemistry is None:
+        return model.state_dict()
+    model.chemistry = chemistry
+    return model.to_file()
+
+
+def test_a_basecaller_carries_the_chemistry_of_its_training_reads(few, tmp_path, monkeypatch):
+    """Not that of other reads in its --data, nor that of the weights it started from."""
+    monkeypatch.setattr(finetune_basecaller, "draw_calls", lambda *_: Figure())  # which takes longer than the run
+    torch.save(saved(Chemistry("RNA", "RNA004", 3000)), tmp_path / "weights.pt")
+    write_pod5(tmp_path / "unlabelled.pod5", some_reads(), **R10)
+    settings = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 10, "steps": 1}
+    data = (few, tmp_path / "unlabelled.pod5")
+    main(Args(data=data, weights=tmp_path / "weights.pt", run_dir=tmp_path / "run", **settings))
+    for name in ("basecaller.pt", "basecaller_last.pt"):
+        state = torch.load(tmp_path / "run" / name, weights_only=True)
+        assert json.loads(bytes(state["chemistry"].tolist())) == ["DNA", "R9.4.1", 4000]
+        assert Basecaller.from_state_dict(state).chemistry == Chemistry("DNA", "R9.4.1", 4000)
+    assert Basecaller.from_state_dict(saved()).chemistry == Chemistry()
+    for damaged in (torch.zeros(3, dtype=torch.uint8), torch.ones(3) / 2, torch.tensor([*b"[1,2,3,4]"]), "DNA"):
+        with pytest.raises(ValueError, match="not a basecaller's weights"):
+            Basecaller.from_state_dict(state | {"chemistry": damaged})
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """What basecall.py with a basecaller of this chemistry says of reads of these runs, besides its counts."""
+
+    def run(chemistry, *runs):
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        folder = tmp_path / str(uuid.uuid4())
+        folder.mkdir()
+        for number, run in enumerate(runs):
+            write_pod5(folder / f"{number}.pod5", some_reads(number + 1, seed=number), **run)
+        torch.save(saved(chemistry), folder / "basecaller.pt")
+        words = ["basecall.py", folder / "basecaller.pt", folder, "-o", folder / "calls.fastq", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        basecall.main(parse_args(basecall.Args))
+        said = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        return [line.partition("basecaller.pt: ")[2] for line in said if "basecaller.pt: " in line]
+
+    return run
+
+
+def test_basecall_says_that_reads_are_of_another_chemistry(call):
+    r9, rna = Chemistry("DNA", "R9.4.1", 4000), Chemistry("RNA", "RNA002", 3000)
+    end = ": expect wrong bases in them, or none"
+    assert call(r9, R9, R10, R10 | {"sample_rate": 5000}, {}) == [
+        "is for R9.4.1 DNA at 4 kHz; 5 of 10 reads are of another chemistry "
+        f"(3 of R10.4.1 DNA at 5 kHz; 2 of R10.4.1 DNA at 4 kHz){end}"
+    ]
+    assert call(r9, RNA | {"sample_rate": 3012}) == [
+        f"is for R9.4.1 DNA at 4 kHz; 1 of 1 reads are of another chemistry (1 of RNA002 at 3 kHz){end}"
+    ]
+    assert call(Chemistry("", "", 5000), {}) == [
+        "is for unknown chemistry at 5 kHz; 1 of 1 reads are of another chemistry "
+        f"(1 of unknown chemistry at 4 kHz){end}"
+    ]
+    assert call(rna, RNA | {"sample_rate": 3012}) == call(r9, R9, {}) == []
+    assert call(None, RNA, R10) == call(Chemistry(), RNA, R10) == []  # of before; of reads that did not say
+
+
+def test_it_is_said_where_no_base_is_called_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(basecall, "decode", lambda *_: ("", np.zeros(0, int), np.zeros(0, np.uint8)))
+    torch.save(saved(Chemistry("DNA", "R9.4.1", 4000)), tmp_path / "basecaller.pt")
+    write_pod5(tmp_path / "reads.pod5", some_reads(), **R10)
+    with pytest.raises(InputError, match="no read was called"):
+        basecall.main(basecall.Args(tmp_path / "basecaller.pt", (tmp_path / "reads.pod5",), tmp_path / "calls.fastq"))
+    assert "4 of 4 reads are of another chemistry (4 of R10.4.1 DNA at 4 kHz)" in capsys.readouterr().err

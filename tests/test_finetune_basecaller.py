@@ -244,6 +244,7 @@ def test_what_is_saved_is_the_average_of_the_weights(few, tmp_path, monkeypatch)
             old = min(momentum, ema)
             expected = {name: old * expected[name] + (1 - old) * value for name, value in weights.items()}
         saved, checkpoint = (load(tmp_path / str(ema) / name) for name in ("basecaller_last.pt", "checkpoint.pt"))
+        del saved["chemistry"]
         for name, value in saved.items():
             if value.is_floating_point():
                 assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name

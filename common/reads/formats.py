@@ -262,14 +262,14 @@ def _unpacked_length(skipped, packed, filters, length):
     return length
 
 
-def _hdf5_raw(read_id, signal, calibration, sample_rate, tags, **origin):
+def _hdf5_raw(read_id, signal, calibration, sample_rate, attributes, **origin):
     if signal.ndim != 1 or signal.dtype.kind not in "iu":
         raise ValueError("the signal is not a row of integers")
     if not {"range", "offset", "digitisation"} <= set(calibration):
         return Rejected(read_id, "no calibration")
     scale = float(calibration["range"]) / float(calibration["digitisation"] or np.nan)
-    tags = _from_tags(tags)
-    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), **tags, **origin)
+    origin |= _from_tags(attributes)
+    return RawRead(read_id, _row(signal), float(calibration["offset"]), scale, float(sample_rate), **origin)
 
 
 def _tags(group):

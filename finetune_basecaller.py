@@ -28,6 +28,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
@@ -133,6 +134,7 @@ class Args:
     """minutes between checkpoints; one more at the end, and on Ctrl-C and SIGTERM"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline needs no account)"""
+    chemistry: tyro.conf.Suppress[str] = ""  # of the training reads: no option, but a line of args.json
 
 
 class Basecaller(nn.Module):
@@ -315,6 +317,7 @@ def main(args):
     if args.tune:
         validation = Chunks(stores, args.chunk_len, "training", True, "finetuning")
     model.chemistry = agreed(chemistry for chemistry, _ in chemistries_of(chunks.reads[np.unique(chunks.read_of)]))
+    args.chemistry = str(model.chemistry)
     print(
         f"training: {chunks.number_of_reads} reads, {len(chunks)} chunks; "
         f"validation: {validation.number_of_reads} reads, {len(validation)} chunks"

@@ -169,6 +169,7 @@ def test_a_basecaller_carries_the_chemistry_of_its_training_reads(few, tmp_path,
     settings = {"size": "tiny", "device": "cpu", "chunk_len": 400, "batch_size": 10, "steps": 1}
     data = (few, tmp_path / "unlabelled.pod5")
     main(Args(data=data, weights=tmp_path / "weights.pt", run_dir=tmp_path / "run", **settings))
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["chemistry"] == "R9.4.1 DNA at 4 kHz"
     for name in ("basecaller.pt", "basecaller_last.pt"):
         state = torch.load(tmp_path / "run" / name, weights_only=True)
         assert json.loads(bytes(state["chemistry"].tolist())) == ["DNA", "R9.4.1", 4000]
@@ -215,6 +216,15 @@ def test_basecall_says_that_reads_are_of_another_chemistry(call):
     ]
     assert call(rna, RNA | {"sample_rate": 3012}) == call(r9, R9, {}) == []
     assert call(None, RNA, R10) == call(Chemistry(), RNA, R10) == []  # of before; of reads that did not say
+
+
+def test_most_reads_without_a_base_are_said_where_their_chemistry_is_unknown(call, monkeypatch):
+    calls = iter(["", "", "ACGT"])
+    monkeypatch.setattr(basecall, "decode", lambda *_: (next(calls), np.arange(4), np.full(4, 9, np.uint8)))
+    hint = "calls no base in most reads; are they of the chemistry that it was trained on?"
+    assert call(Chemistry(), {}, {}) == [hint]
+    calls = iter(["", "ACGT", "ACGT"])
+    assert call(Chemistry(), {}, {}) == []
 
 
 def test_it_is_said_where_no_base_is_called_at_all(tmp_path, monkeypatch, capsys):

@@ -61,7 +61,7 @@ class Args:
     weights: tyro.conf.Positional[Path]
     """a basecaller.pt of finetune_basecaller.py"""
     data: tyro.conf.Positional[tuple[Path, ...]]
-    """raw reads: POD5, FAST5, mapped-signal HDF5, or folders of them"""
+    """raw reads: POD5, FAST5, BLOW5, mapped-signal HDF5, or folders of them"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """the file to write: .fastq, .fastq.gz, .bam or .sam; - writes FASTQ to standard output"""
     reference: Path | None = None

@@ -69,7 +69,7 @@ class Args:
 
     # Shared arguments: equal in all methods
     data: tuple[Path, ...] = ()
-    """raw reads (POD5, FAST5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
+    """raw reads (POD5, FAST5, BLOW5, mapped-signal HDF5), read stores, or folders of them; simulated reads if none"""
     shared_data: bool = False
     """fine-tuning will be given the same --data: leave one read in six to it"""
     weights: Path | None = None

@@ -39,7 +39,7 @@ from common.reads.store import open_stores, prepare
 @dataclass
 class Args:
     data: tyro.conf.Positional[tuple[Path, ...]]
-    """POD5, FAST5, mapped-signal HDF5, folders of them or of Bonito's arrays; with --bonito read stores, too"""
+    """POD5, FAST5, BLOW5, mapped-signal HDF5, folders of them or of Bonito's arrays; with --bonito read stores, too"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """the folder to make"""
     chunk_len: PositiveInt = 3600

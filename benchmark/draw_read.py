@@ -26,7 +26,7 @@ class Args:
     picture: tyro.conf.Positional[Path]
     """the file to write: .png, .pdf or .svg"""
     data: tyro.conf.Positional[Path]
-    """raw reads: POD5, FAST5, mapped-signal HDF5, or a folder of them"""
+    """raw reads: POD5, FAST5, BLOW5, mapped-signal HDF5, or a folder of them"""
     read: str | None = None
     """id of the read; the first that can be drawn if not given"""
     start: NonNegativeInt | None = None

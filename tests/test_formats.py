@@ -1,4 +1,4 @@
-"""Raw reads out of POD5, FAST5 and mapped-signal HDF5 (common/reads/formats.py)."""
+"""Raw reads out of POD5, FAST5, BLOW5 and mapped-signal HDF5 (common/reads/formats.py)."""
 
 import os
 import subprocess
@@ -12,7 +12,8 @@ import numpy as np
 import pod5
 import pytest
 
-from common.reads.formats import Rejected, raw_reads
+from common import InputError
+from common.reads.formats import Rejected, count_reads, raw_reads
 
 PROJECT = Path(__file__).parents[1]
 RANGE, OFFSET, DIGITISATION, RATE = 1444.86, 6.0, 8192.0, 4000
@@ -187,3 +188,61 @@ def test_a_signal_that_is_not_a_row_of_integers_is_corrupt(tmp_path):
     write_mapped(tmp_path / "reads.hdf5", reads)
     left_out = [raw for raw in raw_reads(tmp_path / "reads.hdf5") if isinstance(raw, Rejected)]
     assert sorted(left_out) == [(name, "corrupt: the signal is not a row of integers") for name in ("2-D", "float")]
+
+
+# --------------------------------------------------------------------------------------------------------------- BLOW5
+
+
+def write_blow5(path, reads, **run):
+    pyslow5 = pytest.importorskip("pyslow5")
+    file = pyslow5.Open(str(path), "w")
+    assert file.write_header({"asic_id": "1"} | run) == 0
+    for number, (read_id, dacs) in enumerate(reads.items()):
+        read, more = file.get_empty_record(aux=True)
+        read |= {"read_id": read_id, "read_group": 0, "digitisation": DIGITISATION, "range": RANGE, "offset": OFFSET}
+        read |= {"sampling_rate": float(RATE), "len_raw_signal": len(dacs), "signal": dacs}
+        more |= {"channel_number": "12", "median_before": 0.0, "read_number": number, "start_mux": 2}
+        assert file.write_record(read, more | {"start_time": RATE * number}) == 0
+    file.close()
+
+
+def test_blow5_gives_what_pod5_does(tmp_path):
+    reads = some_reads()
+    run = {"run_id": "a", "sequencing_kit": "sqk-lsk109", "flow_cell_product_code": "FLO-MIN106", "sample_id": "s"}
+    write_blow5(tmp_path / "reads.blow5", reads, exp_start_time="2020-01-01T00:00:00Z", **run)
+    found = list(raw_reads(tmp_path / "reads.blow5"))
+    assert count_reads(tmp_path / "reads.blow5") == len(found) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["reads.blow5"]  # no index beside it
+    for number, (raw, (read_id, dacs)) in enumerate(zip(found, reads.items(), strict=True)):
+        assert raw.id == read_id and raw.dacs.dtype == np.int16 and np.array_equal(raw.dacs, dacs)
+        assert (raw.offset, raw.scale, raw.sample_rate) == (OFFSET, RANGE / DIGITISATION, RATE)
+        assert str(raw.chemistry) == "R9.4.1 DNA at 4 kHz" and raw.run["ID"] == "a" and raw.run["SM"] == "s"
+        began = f"2020-01-01T00:00:0{number}.000+00:00"
+        assert raw.tags == {"fn": "reads.blow5", "ch": 12, "mx": 2, "rn": number, "st": began}
+
+
+def test_reads_that_a_damaged_blow5_has_lost_are_counted(tmp_path):
+    write_blow5(tmp_path / "reads.blow5", some_reads())
+    whole = (tmp_path / "reads.blow5").read_bytes()
+    damaged, path = bytearray(whole), tmp_path / "damaged.blow5"
+    damaged[len(whole) * 2 // 3] ^= 255  # of the third
+    path.write_bytes(damaged)
+    found = list(raw_reads(path))
+    assert [isinstance(raw, Rejected) for raw in found] == [False, False, True, True]
+    for content in (
+        whole[:-60],
+        whole[:-60] + b"5WOLB",
+        b"",
+        b"some other file",
+    ):  # of which pyslow5 says less, or crashes
+        path.write_bytes(content)
+        assert count_reads(path) == 0
+        with pytest.raises(InputError, match="cannot be read as blow5"):
+            list(raw_reads(path))
+
+
+def test_without_pyslow5_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyslow5", None)
+    (tmp_path / "reads.blow5").touch()
+    with pytest.raises(InputError, match=r"reads\.blow5: pip install pyslow5"):
+        list(raw_reads(tmp_path / "reads.blow5"))

@@ -1,4 +1,4 @@
-"""Raw reads as sequencers and basecaller trainers write them: POD5, FAST5, mapped-signal HDF5 -> RawRead."""
+"""Raw reads as sequencers and trainers write them: POD5, FAST5, BLOW5, mapped-signal HDF5 -> RawRead."""
 
 import contextlib
 import sys
@@ -23,7 +23,7 @@ except ImportError:
     vbz_h5py_plugin = None
 
 MOST_COMPRESSED = 1100  # times; gzip reaches 1032
-SUFFIXES = (".pod5", ".fast5", ".hdf5", ".h5")
+SUFFIXES = (".pod5", ".fast5", ".blow5", ".hdf5", ".h5")
 
 
 @dataclass
@@ -85,10 +85,12 @@ def raw_files(path):
 
 
 def raw_reads(path):
-    """Yields the RawRead and Rejected of one POD5, FAST5 or mapped-signal HDF5 file. InputError if it is none."""
+    """Yields the RawRead and Rejected of one file whose name ends in one of SUFFIXES. InputError if it is none."""
     try:
         if path.suffix == ".pod5":
             yield from _pod5_reads(path)
+        elif path.suffix == ".blow5":
+            yield from _blow5_reads(path)
         else:
             with h5py.File(path) as file:
                 yield from _hdf5_reads(file, path)
@@ -116,6 +118,8 @@ def count_reads(path):
         if path.suffix == ".pod5":
             with pod5.Reader(path) as reader:
                 return reader.num_reads
+        if path.suffix == ".blow5":
+            return _blow5_records(path)
         with h5py.File(path) as file:
             return len(_hdf5_layout(file)[0])
     except Exception:  # raw_reads says what is wrong
@@ -234,6 +238,39 @@ def _origin(path, run, read):
         began += timedelta(seconds=int(read.get("start_time")) / float(read.get("sampling_rate")))
         tags["st"] = began.isoformat(timespec="milliseconds")
     return {"run": group, "tags": tags}
+
+
+def _blow5_records(path):
+    """How many reads a BLOW5 file has. ValueError if it is none, or a part of one, which pyslow5 would not say."""
+    with open(path, "rb") as file:
+        first, end = file.read(6), file.seek(-5, 2)
+        if first != b"BLOW5\1" or file.read() != b"5WOLB":
+            raise ValueError("not a BLOW5 file, or not a whole one")
+        file.seek(64)  # the size of the header, and then of each record, stands before it
+        place, number = 68 + int.from_bytes(file.read(4), "little"), 0
+        while place < end:
+            file.seek(place)
+            place, number = place + 8 + int.from_bytes(file.read(8), "little"), number + 1
+    if place != end:
+        raise ValueError("its records do not end with it")
+    return number
+
+
+def _blow5_reads(path):
+    try:
+        import pyslow5  # here, since it is optional
+    except ImportError as error:
+        raise InputError(f"{path}: pip install pyslow5, which reads BLOW5") from error
+    left = _blow5_records(path)
+    file = pyslow5.Open(str(path), "r")
+    groups = [file.get_all_headers(read_group=group) for group in range(file.get_num_read_groups())]
+    for read in file.seq_reads(aux="all"):
+        left, run = left - 1, groups[read["read_group"]]
+        origin = _from_tags(run) | _origin(path, run, read)
+        scale = read["range"] / (read["digitisation"] or np.nan)
+        yield RawRead(read["read_id"], read["signal"], read["offset"], scale, read["sampling_rate"], **origin)
+    for _ in range(left):  # pyslow5 ends at the first that it cannot read
+        yield Rejected(str(path), "corrupt, or behind a corrupt one")
 
 
 def _row(data):

@@ -3,6 +3,7 @@
     python prepare_data.py reads/ more.pod5 -o store/
     python prepare_data.py reads/ --bam calls.bam -o store/
     python prepare_data.py reads/ --reference genome.fasta --basecaller basecaller.pt -o store/
+    python prepare_data.py reads/ --reference genome.fasta --bam calls.bam -o store/
     python prepare_data.py store/ -o arrays/ --bonito
 
 Scripts that are given raw reads prepare them on their own, once. Do it yourself to see the audit, to keep the store
@@ -48,21 +49,21 @@ class Args:
     """leave out reads without bases, as --bonito, --bam and --basecaller always do"""
     bam: tuple[Path, ...] = ()
     """basecalls of the reads with move tables (dorado basecaller --emit-moves): BAM, SAM or CRAM, files or folders of
-    them; their bases become the labels, or where they are aligned the reference's"""
+    them; their bases become the labels, or with --reference the genome's; with --basecaller they need no move tables"""
     reference: Path | None = None
-    """FASTA of the genome, with --basecaller; or of what the BAM is aligned to, not needed if it has MD tags, but for
-    CRAM"""
+    """FASTA of the genome: its bases become the labels; for a BAM that is aligned, what it is aligned to, not needed if
+    it has MD tags, but for CRAM; calls that are not are aligned by mappy"""
     basecaller: Path | None = None
-    """a basecaller.pt of finetune_basecaller.py: calls the reads, aligns the calls to --reference, and places its bases
-    in the signal; needs mappy"""
+    """a basecaller.pt of finetune_basecaller.py: calls the reads, if there is no --bam, and places the bases of
+    --reference in the signal; needs mappy"""
     validation_region: tuple[str, ...] = ()
-    """with --basecaller: the parts of the genome, CONTIG or CONTIG:FIRST-LAST, whose reads are validation; if not
-    given, one in eight of its windows, by hash"""
+    """where labels are split by locus: the parts of the genome, CONTIG or CONTIG:FIRST-LAST, whose reads are
+    validation; if not given, one in eight of its windows, by hash"""
     min_coverage: Share = 0.5
     """leave out aligned reads with less than this share of the called bases in the alignment"""
     min_identity: Share | None = None
-    """leave out aligned reads with less than this share of matches in the alignment; 0.7 if not given, and 0.6 with
-    --basecaller"""
+    """leave out aligned reads with less than this share of matches in the alignment; 0.7 if not given, and 0.6 where
+    mappy aligns"""
     bonito: bool = False
     """write the labelled reads as Bonito's training arrays: chunks.npy, references.npy, reference_lengths.npy"""
 
@@ -111,8 +112,8 @@ def export_bonito(stores, out, chunk_len):
             write_bonito(part, batches, chunk_len, longest)
 
 
-def genome_of(args):
-    """The Genome that labels reads by the basecaller."""
+def caller_of(args):
+    """What a Genome takes for `call`, with --basecaller."""
     device, settings = pick_device("auto"), basecall.Args(args.basecaller, args.data, args.out)
     model = basecall.open_basecaller(args.basecaller, None, device)
 
@@ -121,9 +122,24 @@ def genome_of(args):
             log_probs = log_probs[: -(-len(raw.dacs) // basecall.STRIDE)]  # the last frame may go on beyond the signal
             yield raw, log_probs.double().numpy(), *best_path(log_probs)
 
-    min_identity = 0.6 if args.min_identity is None else args.min_identity
-    aligner = open_genome(args.reference)
-    return Genome(aligner, call, basecall.STRIDE, args.min_coverage, min_identity, args.validation_region)
+    return call
+
+
+def labels_of(args):
+    """The Basecalls or the Genome that labels the reads; None where they bring labels of their own."""
+    aligned, mapped = (0.7, 0.6) if args.min_identity is None else (args.min_identity,) * 2
+    calls = call = aligner = None
+    if args.bam:
+        calls = Basecalls(args.bam, args.reference, args.min_coverage, aligned, moves=not args.basecaller)
+    if not args.basecaller and (not calls or calls.aligned or not args.reference):
+        if args.validation_region:
+            raise InputError("--validation-region: has no use without --basecaller, or --reference and unaligned --bam")
+        return calls
+    if args.basecaller:
+        call = caller_of(args)
+    if not (calls and calls.aligned):
+        aligner = open_genome(args.reference)
+    return Genome(aligner, call, basecall.STRIDE, args.min_coverage, mapped, args.validation_region, calls)
 
 
 def main(args):
@@ -131,7 +147,7 @@ def main(args):
         raise InputError("no input; name raw files, folders of them or a read store")
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists; choose another folder or remove it")
-    labels, source = None, "--bam" if args.bam else "--basecaller" if args.basecaller else None
+    source = "--bam" if args.bam else "--basecaller" if args.basecaller else None
     if source:
         if args.bonito:
             raise InputError(f"--bonito: not with {source}; prepare a read store first, then give that with --bonito")
@@ -139,15 +155,9 @@ def main(args):
             raise InputError(f"{source}: Bonito's arrays have bases of their own; give raw reads")
     elif args.reference:
         raise InputError("--reference: has no use without --basecaller or --bam")
-    if args.basecaller and (args.bam or not args.reference):
-        raise InputError("--basecaller: give it the genome, --reference, and no --bam")
-    if args.validation_region and not args.basecaller:
-        raise InputError("--validation-region: has no use without --basecaller")
-    if args.bam:
-        min_identity = 0.7 if args.min_identity is None else args.min_identity
-        labels = Basecalls(args.bam, args.reference, args.min_coverage, min_identity)
-    elif args.basecaller:
-        labels = genome_of(args)
+    if args.basecaller and not args.reference:
+        raise InputError("--basecaller: give it the genome, --reference")
+    labels = labels_of(args)
     if args.bonito:
         stores = open_stores(args.data)
         export_bonito(stores, args.out, args.chunk_len)

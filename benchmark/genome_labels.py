@@ -1,6 +1,7 @@
 """Compares labels from a genome with those that the same reads have in a mapped-signal HDF5, made another way.
 
 python -m benchmark.genome_labels labelled_reads.hdf5 reads.pod5 genome.fasta basecaller.pt
+python -m benchmark.genome_labels labelled_reads.hdf5 reads.pod5 genome.fasta [basecaller.pt] calls.bam
 """
 
 import sys
@@ -10,12 +11,14 @@ import numpy as np
 
 from common import InputError
 from common.reads.formats import Rejected, raw_reads
-from prepare_data import Args, genome_of
+from prepare_data import Args, labels_of
 
 
-def main(truth, reads, genome, basecaller):
+def main(truth, reads, genome, *sources):
     truth = {raw.id: raw for raw in raw_reads(truth) if not isinstance(raw, Rejected)}
-    labels = genome_of(Args((reads,), Path(), reference=genome, basecaller=basecaller))
+    bam = tuple(path for path in sources if path.suffix == ".bam")
+    basecaller = next((path for path in sources if path not in bam), None)
+    labels = labels_of(Args((reads,), Path(), bam=bam, reference=genome, basecaller=basecaller))
     labels.validation = {}  # no border
     labelled = [raw for raw in labels.labelled(raw_reads(reads)) if not isinstance(raw, Rejected) and raw.id in truth]
     bases = equal = 0
@@ -45,8 +48,8 @@ def main(truth, reads, genome, basecaller):
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) != 5:
-            raise InputError("give labelled_reads.hdf5 reads.pod5 genome.fasta basecaller.pt")
+        if len(sys.argv) not in (5, 6):
+            raise InputError("give labelled_reads.hdf5 reads.pod5 genome.fasta and basecaller.pt, calls.bam or both")
         main(*map(Path, sys.argv[1:]))
     except InputError as error:
         sys.exit(f"genome_labels.py: {error}")

@@ -4,23 +4,29 @@ The basecaller is played by log-probabilities that peak at known bases, mappy by
 the real one skips where it is not installed.
 """
 
+import array
 import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pysam
 import pytest
 import torch
 
 import basecall
 import prepare_data
 from common import InputError
+from common.reads import genome
+from common.reads.bam import Basecalls
 from common.reads.formats import RawRead, Rejected
-from common.reads.genome import Genome, forced_alignment, merged, open_genome, region, windows
+from common.reads.genome import Genome, forced_alignment, in_signal, merged, open_genome, region, windows
 from common.reads.kmers import shared_kmers
 from common.reads.store import ReadStore
+from tests.test_bam import write_bam, write_fasta
 from tests.test_formats import wander, write_pod5
 
 STRIDE = 4
@@ -155,6 +161,9 @@ class Made:
             self.log_probs[start_ : start_ + 2, [0, "NACGT".index(base)]] = np.log([0.05, 0.8])
         self.sequence, self.clip = in_order, clips[reverse != rna]  # in the order of the signal
         self.raw = RawRead(name, wander(rng, STRIDE * len(self.log_probs) - 3), 0.0, 1.0, 4000.0, rna)
+        backwards = reverse != rna
+        where = {"q_st": self.clip, "r_st": 0, "r_en": len(genome), "cigar": cigar[::-1] if backwards else cigar}
+        self.in_truth = SimpleNamespace(**where, strand=1, mlen=hit["mlen"])  # in the order of the signal
 
 
 def labels_of(made, contigs, regions=(), extra=()):
@@ -233,6 +242,102 @@ def test_each_rejection_has_its_reason():
     assert labels.places.keys() == {"fine", "almost twice"} and not labels.unused()
 
 
+# ------------------------------------------------------------------------------------------------- calls of a BAM
+
+
+def record_of(one, contigs=(), moves=True, **tags):
+    """The call of a Made as a BAM has it, aligned if `contigs` are given."""
+    record = pysam.AlignedSegment()
+    record.query_name, record.flag, record.query_sequence = one.raw.id, 4, one.called
+    if contigs:
+        (hit,) = one.hits
+        reverse, after = hit.strand < 0, len(one.called) - hit.q_en
+        left, right = (after, hit.q_st) if reverse else (hit.q_st, after)
+        record.flag, record.reference_id, record.reference_start = 16 * reverse, [*contigs].index(hit.ctg), hit.r_st
+        record.query_sequence = complement(one.called) if reverse else one.called
+        clips = [(pysam.CSOFT_CLIP, left)] * (left > 0), [(pysam.CSOFT_CLIP, right)] * (right > 0)
+        record.cigartuples = [*clips[0], *((what, number) for number, what in hit.cigar), *clips[1]]
+    if moves:
+        begins = np.zeros(len(one.log_probs) - one.starts[0], np.int8)
+        begins[one.starts - one.starts[0]] = 1
+        tags |= {"mv": array.array("b", [STRIDE, *begins.tolist()]), "ts": int(STRIDE * one.starts[0])}
+        tags |= {"ns": len(one.raw.dacs)}
+    record.set_tags([*tags.items()])
+    return record
+
+
+@pytest.mark.parametrize("rna", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_moves_place_the_genomes_bases_as_those_of_an_aligned_bam_do(tmp_path, reverse, rna):
+    rng = np.random.default_rng(0)
+    contigs = {"a": letters(rng, 3000), "b": letters(rng, 3000)}
+    exact = Made(rng, "exact", contigs, "a", 100, 900, reverse, rna)
+    wrong = Made(rng, "wrong", contigs, "b", 1000, 3000, reverse, rna, edits=(0.1, 0.1, 0.1), clips=(7, 20))
+    both, model = (exact, wrong), "rna004_130bps_sup@v5.1.0" if rna else "dna"  # which alone tells
+    for one in both:
+        one.raw = replace(one.raw, rna=False)
+    calls = Basecalls([write_bam(tmp_path / "unaligned.bam", map(record_of, both), model=model)])
+    labels = Genome(Hits(contigs, {one.called: one.hits for one in both}), None, 0, 0.5, 0.6, ["b"], calls)
+    results = {result.id: result for result in labels.labelled(iter([one.raw for one in both]))}
+    bam = write_bam(tmp_path / "aligned.bam", [record_of(one, contigs) for one in both], contigs, model=model)
+    aligned = Basecalls([bam], write_fasta(tmp_path / "genome.fasta", contigs))
+    for one in both:
+        result, (other,) = results[one.raw.id], aligned.label(one.raw)
+        assert spelled(result) == spelled(other) == one.truth and np.array_equal(result.base_starts, other.base_starts)
+        assert (result.identity, result.coverage) == pytest.approx((other.identity, other.coverage))
+        assert result.locus == other.locus and result.split == (one is wrong)
+    assert results["exact"].base_starts[:-1].tolist() == (STRIDE * exact.starts).tolist()
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("rna", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_bam_tells_the_place_in_the_genome_and_the_basecaller_that_in_the_signal(
+    tmp_path, monkeypatch, reverse, rna, aligned
+):
+    """The basecaller's own call is weak, lacks an end, and is nowhere in the genome but in the stretch of the BAM's."""
+    rng = np.random.default_rng(0)
+    contigs = {"a": letters(rng, 5000)}
+    own = Made(rng, "one", contigs, "a", 1030, 3000, reverse, rna, edits=(0.1, 0.1, 0.1), clips=(9, 4))
+    given = Made(rng, "one", contigs, "a", 630, 3300, reverse, rna, edits=(0.02, 0.02, 0.02), clips=(3, 60))
+    other = Made(rng, "other", contigs, "a", 630, 3300, reverse, rna)
+    offset = 300 if reverse != rna else 400  # bases of the stretch before the own call's
+    hit = SimpleNamespace(**vars(own.in_truth) | {"r_st": offset, "r_en": offset + 1970})
+    hits = [SimpleNamespace(**vars(hit) | {"mlen": 9, "cigar": [[1500, 0]]}), hit]
+    hits.append(SimpleNamespace(**vars(hit) | {"mlen": 9999, "strand": -1, "q_st": 0}))
+    record = record_of(given, contigs if aligned else (), moves=False)
+    calls = Basecalls([write_bam(tmp_path / "calls.bam", [record], contigs if aligned else None)], moves=False)
+    if aligned:
+        fasta = write_fasta(tmp_path / "genome.fasta", contigs)
+        calls = Basecalls([tmp_path / "calls.bam"], fasta, 0.5, 0.7, moves=False)
+
+    class Stretch:
+        def __init__(self, seq, **seeds):
+            assert seq == given.truth
+
+        def map(self, sequence):
+            assert sequence == own.sequence
+            return hits
+
+    monkeypatch.setattr(genome, "open_aligner", Stretch)
+    call = lambda reads: ((raw, own.log_probs, own.sequence, own.starts) for raw, _ in reads)  # noqa: E731
+    aligner = None if aligned else Hits(contigs, {given.called: given.hits})
+    labels = Genome(aligner, call, STRIDE, 0.5, 0.6, ["a:1-4000"], calls)
+    (result,) = labels.labelled(iter([own.raw]))
+    (alone,) = labels_of([own], contigs)[1].values()
+    assert spelled(result) == own.truth and np.array_equal(result.base_starts, alone.base_starts)
+    assert (result.identity, result.coverage) == pytest.approx((given.identity, given.coverage))
+    assert result.split == 1 and labels.places == {"one": ("a", 1030, 3000)}
+    (absent,) = labels.labelled(iter([other.raw]))
+    assert absent.reason == "not in the BAM" and not labels.unused()
+
+    few = [[n, what] for n, what in hit.cigar][: len(hit.cigar) // 2]
+    few = SimpleNamespace(**vars(hit) | {"cigar": few, "r_en": offset + sum(n for n, what in few if what != 1)})
+    for found in ([], [few]):
+        hits[:] = found
+        assert [one.reason for one in labels.labelled(iter([own.raw]))] == ["not found in the signal by --basecaller"]
+
+
 # ---------------------------------------------------------------------------------------------- the split by locus
 
 
@@ -293,14 +398,24 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(basecall, "log_probabilities", log_probabilities)
     aligner = Hits(contigs, {one.called: one.hits for one in reads.values()})
     monkeypatch.setattr(prepare_data, "open_genome", lambda path: aligner)
+    in_truth = {one.sequence: [one.in_truth] for one in reads.values()}
+    monkeypatch.setattr(genome, "open_aligner", lambda **stretch: SimpleNamespace(map=in_truth.get))
     monkeypatch.chdir(tmp_path)
     return reads
 
 
-def test_labels_come_back_exactly_and_the_split_shares_no_sequence(made, command, capsys):
+BASECALLER = "--basecaller", "basecaller.pt"
+
+
+@pytest.mark.parametrize("calls", [BASECALLER, ("--bam", "calls.bam"), ("--bam", "moveless.bam", *BASECALLER)])
+def test_labels_come_back_exactly_and_the_split_shares_no_sequence(made, command, capsys, calls):
+    one = next(iter(made.values()))
+    more = SimpleNamespace(**vars(one) | {"raw": replace(one.raw, id="more")})
+    for name, moves in (("calls.bam", True), ("moveless.bam", False)):
+        write_bam(name, [record_of(one, moves=moves) for one in (*made.values(), more)])
     for regions in ((), ("--validation-region", "a:1-9000", "a:20001-30000")):
         out = f"store{len(regions)}"
-        words = ("--reference", "genome.fasta", "--basecaller", "basecaller.pt", "--chunk-len", 400)
+        words = ("--reference", "genome.fasta", *calls, "--chunk-len", 400)
         command("reads.pod5", "-o", out, *words, *regions)
         store, printed = ReadStore(out), capsys.readouterr().out
         held, sequences, places = [], ([], []), []
@@ -315,6 +430,8 @@ def test_labels_come_back_exactly_and_the_split_shares_no_sequence(made, command
                 held.append(places[-1])
         info = json.loads((store.path / "store.json").read_text())
         across = info["left_out"].pop("across a border between training and validation")
+        if "--bam" in calls:
+            assert info["left_out"].pop("in the BAM, without signal in the raw files") == 1
         assert not info["left_out"] and across > 2 and len(store.reads) == 60 - across and len(held) > 5
         if regions:
             assert all(end <= 9000 or 20_000 <= start < end <= 30_000 for start, end in held)
@@ -331,17 +448,21 @@ def test_labels_come_back_exactly_and_the_split_shares_no_sequence(made, command
     "words, message",
     [
         ("--reference g.fa", "--reference: has no use without --basecaller or --bam"),
-        ("--basecaller b.pt", "--basecaller: give it the genome, --reference, and no --bam"),
-        ("--basecaller b.pt --reference g.fa --bam a.bam", "--basecaller: give it the genome, --reference, and no --b"),
-        ("--validation-region a", "--validation-region: has no use without --basecaller"),
+        ("--basecaller b.pt", "--basecaller: give it the genome, --reference"),
+        ("--basecaller b.pt --bam calls.bam", "--basecaller: give it the genome, --reference"),
+        ("--validation-region a", "--validation-region: has no use without --basecaller, or --reference and"),
+        ("--validation-region a --bam calls.bam", "--validation-region: has no use without --basecaller, or --ref"),
+        ("--bam moveless.bam --reference g.fa", "60 no move table); basecall with --emit-moves, or give --ref"),
         ("--basecaller b.pt --reference g.fa --bonito", "--bonito: not with --basecaller"),
         ("--basecaller b.pt --reference g.fa --validation-region c", "--validation-region c: should be CONTIG or"),
     ],
 )
 def test_errors_for_people(made, command, tmp_path, words, message):
+    write_bam("calls.bam", map(record_of, made.values()))
+    write_bam("moveless.bam", (record_of(one, moves=False) for one in made.values()))
     with pytest.raises(InputError, match=re.escape(message)):
         command("reads.pod5", "-o", "store", *words.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["reads.pod5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.bam", "moveless.bam", "reads.pod5"]
 
 
 def test_what_to_install_is_said(monkeypatch, tmp_path):
@@ -369,6 +490,20 @@ def test_mappy_finds_weak_calls_on_both_strands(tmp_path):
         assert result.split == (hit.ctg == "a")
         text = contigs[hit.ctg][hit.r_st : hit.r_en]
         assert spelled(result) == (complement(text) if hit.strand < 0 else text)
+
+
+def test_a_weak_call_is_found_in_the_signal_where_it_is_and_not_where_it_is_not():
+    pytest.importorskip("mappy")
+    rng = np.random.default_rng(4)
+    contigs = {"a": letters(rng, 30_000)}
+    for i in range(10):
+        one = Made(rng, str(i), contigs, "a", 2000 * i, 2000 * i + 400 * (i + 1), edits=(0.13, 0.1, 0.12), clips=(9, 4))
+        own, truth = (np.array(["NACGT".index(base) for base in text]) for text in (one.sequence, one.truth))
+        query, reference, identity = in_signal(truth, own)
+        assert identity > genome.IN_SIGNAL and len(query) > 0.5 * len(truth)
+        assert (own[query] == truth[reference]).mean() > 0.75
+        assert np.abs(query - 9 - reference).max() < 0.2 * len(truth)
+        assert in_signal(truth[::-1], own)[2] < genome.IN_SIGNAL
 
 
 def test_a_file_that_is_no_genome_is_refused(tmp_path):

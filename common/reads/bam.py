@@ -89,23 +89,15 @@ class Basecalls:
     reference: the FASTA file that aligned ones are aligned to; not needed if they have MD tags, but for CRAM. Aligned
     reads of which less than the share min_coverage of the called bases is aligned, or with a lower share min_identity
     of matches among all columns, are rejected.
-    called: take the called bases, even where they are aligned.
+    called: take the called bases, even where they are aligned. moves: if not, reads get bases without their places in
+    the signal, and need no move tables.
     """
 
-    def __init__(self, paths, reference=None, min_coverage=0.0, min_identity=0.0, called=False):
-        self.min_coverage, self.min_identity, self.keep_called = min_coverage, min_identity, called
+    def __init__(self, paths, reference=None, min_coverage=0.0, min_identity=0.0, called=False, moves=True):
+        self.min_coverage, self.min_identity, self.keep_called, self.moves = min_coverage, min_identity, called, moves
         self.files, self.places, self.found = bam_files(paths), {}, set()
         self.bams, self.folder = list(self.files), tempfile.TemporaryDirectory()  # of BAMs made of SAM and CRAM
         self.open = functools.lru_cache(64)(_open)  # runs come in thousands of files
-        self.reference = None
-        if reference:
-            try:
-                self.reference = pysam.FastaFile(reference)
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"--reference {reference}: cannot be read as FASTA, plain or bgzipped, or not indexed beside it; "
-                    "samtools faidx tells more"
-                ) from error
         kinds = {}  # a file of each: aligned and unaligned
         for number, path in enumerate(tqdm(self.files, desc="indexing BAM", unit=" files")):
             try:
@@ -119,16 +111,21 @@ class Basecalls:
                 ) from error
         if len(kinds) == 2:
             raise InputError(f"--bam: {kinds[True]} is aligned and {kinds[False]} is not; give BAMs of one kind")
-        if reference and False in kinds:
-            raise InputError(
-                f"--reference: {kinds[False]} is not aligned; align it, as with dorado aligner, "
-                "or give --basecaller in its place"
-            )
+        self.aligned, self.reference = True in kinds, None
+        if reference and self.aligned:
+            try:
+                self.reference = pysam.FastaFile(reference)
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"--reference {reference}: cannot be read as FASTA, plain or bgzipped, or not indexed beside it; "
+                    "samtools faidx tells more"
+                ) from error
         reasons = Counter(place for places in self.places.values() for place in places if isinstance(place, str))
         if sum(reasons.values()) == sum(map(len, self.places.values())):
             names = ", ".join(map(str, paths))
             raise InputError(
-                f"--bam {names}: no basecall can be used (left out: {listed(reasons)}); basecall with --emit-moves"
+                f"--bam {names}: no basecall can be used (left out: {listed(reasons)}); "
+                "basecall with --emit-moves, or give --reference and --basecaller as well"
             )
 
     def _index(self, number, path, reference):
@@ -155,7 +152,7 @@ class Basecalls:
                 continue  # the primary alignment of the read is elsewhere
             if record.has_tag("dx") and record.get_tag("dx") == 1:
                 place = "duplex, called from two reads"
-            elif not record.has_tag("mv"):
+            elif self.moves and not record.has_tag("mv"):
                 place = "no move table"
             raw_id = record.get_tag("pi") if record.has_tag("pi") else record.query_name
             self.places.setdefault(str(raw_id), []).append(place)
@@ -188,22 +185,25 @@ class Basecalls:
         bam.file.seek(place[1])
         record = next(bam.file)
         rna = raw.rna or bam.rna
-        starts = _base_starts(record, len(raw.dacs), bam.dorado)
+        starts = _base_starts(record, len(raw.dacs), bam.dorado) if self.moves else None
         if isinstance(starts, str):
             return Rejected(raw.id, starts)
-        bases, identity, coverage = in_signal_order(record.query_sequence, record.is_reverse, rna), 0.0, 0.0
+        bases = in_signal_order(record.query_sequence or "", record.is_reverse, rna)
+        identity, coverage, locus = 0.0, 0.0, None
         if bam.aligned and not self.keep_called:
             labels = self._reference_bases(record, bases, starts, rna, path)
             if isinstance(labels, str):
                 return Rejected(raw.id, labels)
             bases, starts, identity = labels
             coverage = record.query_alignment_length / len(record.query_sequence)
+            backwards = record.is_reverse != rna
+            locus = record.reference_name, record.reference_start, record.reference_end, backwards
         if not bases.all():
             return Rejected(raw.id, "bases other than A, C, G and T")
         # what follows the colon does not count for the split: parts stay with their parent
         read_id = f"{raw.id}:{record.get_tag('sp')}" if record.has_tag("pi") else raw.id
-        labels = {"bases": bases, "base_starts": starts, "identity": identity, "coverage": coverage}
-        return replace(raw, id=read_id, rna=rna, **labels)
+        about = {"identity": identity, "coverage": coverage, "locus": locus}
+        return replace(raw, id=read_id, rna=rna, bases=bases, base_starts=starts, **about)
 
     def _reference_bases(self, record, called, starts, rna, path):
         """The reference's bases 1-4, the first sample of each and the end, and the identity; or why there are none."""
@@ -212,7 +212,7 @@ class Basecalls:
         contig = record.reference_id >= 0 and record.header.get_reference_length(record.reference_name)
         if record.reference_start < 0 or (record.reference_end or 0) > contig:
             return "aligned beyond the end of the reference"
-        query, reference, length, other = columns(record.cigartuples or [])
+        place = query, reference, length, _ = columns(record.cigartuples or [])
         if not len(query):
             return "aligned without a match"
         if self.reference is not None:
@@ -225,19 +225,14 @@ class Basecalls:
                 return "MD tag that does not fit the alignment"
         else:
             raise InputError(f"--bam {path}: aligned, without MD tags; give the --reference it was aligned to")
-        bases = in_signal_order(sequence, record.is_reverse, rna)
-        if record.is_reverse != rna:
-            query, reference = len(called) - 1 - query[::-1], length - 1 - reference[::-1]
-        identity = (called[query] == bases[reference]).sum() / (len(query) + other)
+        bases, query, reference, identity = compared(called, sequence, place, record.is_reverse, rna)
         if record.query_alignment_length < self.min_coverage * len(called):
             return f"aligned over less than {self.min_coverage:.0%}"
         if identity < self.min_identity:
             return f"identity below {self.min_identity:.0%}"
-        # A deleted base has its share of the gap between its neighbours; an insertion's signal goes to the base before.
-        first, end = reference[0], reference[-1] + 1
-        of_query = np.interp(np.arange(first, end + 1), [*reference, end], [*query, query[-1] + 1])
-        starts = np.interp(of_query, np.arange(len(starts)), starts).round().astype(np.int64)
-        return bases[first:end], starts, identity
+        if self.moves:
+            starts = moved(starts, query, reference)
+        return bases[reference[0] : reference[-1] + 1], starts, identity
 
     def _from_fasta(self, record, path):
         """The reference under an alignment, as letters, introns left out; None if --reference lacks it."""
@@ -328,6 +323,30 @@ def columns(cigar):
             r += count
         other += count * (operation in (pysam.CINS, pysam.CDEL))
     return np.concatenate(query), np.concatenate(reference), r, other
+
+
+def compared(called, letters, place, reverse, rna):
+    """What a call, bases 0-4 in the order of the signal, is aligned to, by what columns() says of its CIGAR.
+
+    The reference's bases, out of its `letters`, in that order as well; the positions (columns,) in the call and in
+    them; and the identity: the share of matches in all columns, insertions and deletions included.
+    """
+    query, reference, length, other = place
+    bases = in_signal_order(letters, reverse, rna)
+    if reverse != rna:
+        query, reference = len(called) - 1 - query[::-1], length - 1 - reference[::-1]
+    return bases, query, reference, (called[query] == bases[reference]).sum() / (len(query) + other)
+
+
+def moved(starts, query, reference):
+    """The first samples of the reference's bases from the first column to the last, and the end.
+
+    starts: those of the call's bases. A deleted base has its share of the gap between its neighbours; an insertion's
+    signal goes to the base before.
+    """
+    first, end = reference[0], reference[-1] + 1
+    of_query = np.interp(np.arange(first, end + 1), [*reference, end], [*query, query[-1] + 1])
+    return np.interp(of_query, np.arange(len(starts)), starts).round().astype(np.int64)
 
 
 def _from_md(record, query, reference, length):

@@ -41,6 +41,7 @@ class RawRead:
     identity: float = 0.0  # of the basecall that the bases come from to the reference; 0 if there was no alignment
     coverage: float = 0.0
     split: int = -1  # 0 training, 1 validation, -1 by the hash of the id
+    locus: tuple | None = None  # of the bases in a reference: contig, start, end, and whether they run backwards in it
     run: dict = field(default_factory=dict)  # of its SAM read group ID (the run's), PU, PM, DT, LB and SM, where known
     tags: dict = field(default_factory=dict)  # its SAM tags ch, mx, rn, st and fn, as Dorado's, where known
     kit: str = ""  # product codes, as SQK-LSK109 and FLO-MIN106; empty if unknown

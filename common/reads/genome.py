@@ -1,8 +1,9 @@
 """Labels from a genome: the calls of raw reads are aligned to it, and its bases placed in the signal.
 
-Where a base begins is told by forced alignment: of all paths of the basecaller's CTC output that emit the genome's
-bases, the most probable (Viterbi). Reads are split by where in the genome they come from, not by their ids: so no
-validation read has a sequence that training reads hold, repeats of the genome apart.
+The calls are a basecaller's own or those of a BAM. Where a base begins is told by the BAM's move tables or, with a
+basecaller, by forced alignment: of all paths of its CTC output that emit the genome's bases, the most probable
+(Viterbi). Reads are split by where in the genome they come from, not by their ids: so no validation read has a sequence
+that training reads hold, repeats of the genome apart.
 """
 
 import contextlib
@@ -14,29 +15,53 @@ import numpy as np
 import pysam
 
 from common import InputError
-from common.reads.bam import CODES, columns, in_signal_order
+from common.reads.bam import CODES, columns, compared, moved
 from common.reads.formats import Rejected
 from common.reads.normalise import normalised
 
 BAND = 128  # bases to either side of the call's own path that forced alignment looks at
 AS_GOOD = 0.95  # a read is left out if another place of the genome has more than this share of its best place's matches
 WINDOWS = 16_000, 100_000  # bases of the windows that are split, at least and at most; between them an eighth of all
+IN_SIGNAL = 0.55  # identity of a basecaller's own call to the genome under a BAM's; wrong bases reach 0.54
 ONE_IN = 8  # windows, of which the one is validation
 
 
-def open_genome(path):
-    """mappy's Aligner, with Bonito's scores and seeds short enough for calls of 70 % identity. InputError if none."""
+def open_aligner(**options):
+    """mappy's Aligner, with Bonito's scores."""
     try:
         import mappy  # here, since it is optional
     except ImportError as error:
         raise InputError(
             "--reference: pip install mappy, which builds it: a C compiler and zlib have to be there"
         ) from error
-    aligner = mappy.Aligner(str(path), preset="map-ont", k=10, w=4, min_chain_score=25, scoring=(5, 4, 4, 4))
+    return mappy.Aligner(preset="map-ont", scoring=(5, 4, 4, 4), **options)
+
+
+def open_genome(path):
+    """The Aligner to a FASTA file, its seeds short enough for calls of 70 % identity. InputError if it is none."""
+    aligner = open_aligner(fn_idx_in=str(path), k=10, w=4, min_chain_score=25)
     with contextlib.suppress(UnicodeDecodeError):  # names, of what is no text
         if aligner and aligner.seq_names:
             return aligner
     raise InputError(f"--reference {path}: cannot be read as FASTA, plain or gzipped")
+
+
+def letters(bases):
+    """Bases 0-4 as a string of NACGT."""
+    return np.frombuffer(b"NACGT", np.uint8)[bases].tobytes().decode()
+
+
+def in_signal(bases, own):
+    """The positions (columns,) in a basecaller's `own` call and in `bases` of the genome that are aligned, and the
+    identity; (None, None, 0) if nothing is. Both bases are in the order of the signal, which is known to hold those of
+    the genome: so seeds can be shorter than for all of it."""
+    hits = open_aligner(seq=letters(bases), k=7, w=2, min_chain_score=20).map(letters(own))
+    hit = max((hit for hit in hits if hit.strand > 0), key=lambda hit: hit.mlen, default=None)
+    if hit is None:
+        return None, None, 0.0
+    place = columns([(pysam.CSOFT_CLIP, hit.q_st), *((what, n) for n, what in hit.cigar)])
+    _, query, reference, identity = compared(own, letters(bases[hit.r_st : hit.r_en]), place, False, False)
+    return query, hit.r_st + reference, identity
 
 
 def forced_alignment(log_probs, bases, near, band=BAND):
@@ -119,12 +144,18 @@ class Genome:
     aligner: as mappy's. call: takes an iterator of (RawRead, normalised signal), and yields each RawRead with its
     log-probabilities (S, 5), the sequence called and the steps at which its bases begin, all in the order of the
     signal; a step has `stride` samples. regions: of the genome, as text, which are validation; windows by hash if none.
+    calls: Basecalls, which tell where in the genome a read is; if they are aligned, aligner is not used. With move
+    tables, call is not used, either.
     """
 
-    def __init__(self, aligner, call, stride, min_coverage, min_identity, regions=()):
-        self.aligner, self.call, self.stride = aligner, call, stride
+    def __init__(self, aligner, call, stride, min_coverage, min_identity, regions=(), calls=None):
+        self.aligner, self.stride, self.calls = aligner, stride, calls
+        self.call = call or (lambda reads: ([raw] for raw, _ in reads))
         self.min_coverage, self.min_identity, self.places = min_coverage, min_identity, {}
-        self.lengths = {name: len(aligner.seq(name)) for name in aligner.seq_names}
+        if calls and calls.aligned:
+            self.lengths = dict(zip(calls.reference.references, calls.reference.lengths, strict=True))
+        else:
+            self.lengths = {name: len(aligner.seq(name)) for name in aligner.seq_names}
         every, held = windows(self.lengths)
         self.split = f"{len(held)} of {len(every)} windows of about {sum(self.lengths.values()) // len(every)} bases"
         if regions:
@@ -132,58 +163,78 @@ class Genome:
         self.validation = merged(held)
 
     def labelled(self, raws):
-        """Yields each of the RawReads `raws` with its bases, or Rejected."""
+        """Yields each of the RawReads `raws` with its bases, or Rejected; of a split read each part."""
         rejected = []
-        for raw, *called in self.call(self._usable(raws, rejected)):
-            result = self._label(raw, *called)
+        for raw, *output in self.call(self._usable(raws, rejected)):
+            result = self._label(raw, *output)
             yield Rejected(raw.id, result) if isinstance(result, str) else result
         yield from rejected
 
     def _usable(self, raws, rejected):
         for raw in raws:
-            result = raw.reason if isinstance(raw, Rejected) else normalised(raw)
-            if isinstance(result, str):
-                rejected.append(Rejected(raw.id, result))
-            else:
-                yield raw, result[0]
+            for one in self.calls.label(raw) if self.calls else [raw]:
+                result = one.reason if isinstance(one, Rejected) else normalised(one)
+                if isinstance(result, str):
+                    rejected.append(Rejected(one.id, result))
+                else:
+                    yield one, result[0]
 
-    def _label(self, raw, log_probs, sequence, starts):
+    def _label(self, raw, log_probs=None, sequence="", starts=None):
         """The RawRead with its bases, or why it has none."""
-        if not sequence:
+        own = CODES[np.frombuffer(sequence.encode(), np.uint8)]
+        if not raw.locus:
+            found = self._locate(raw, raw.bases if self.calls else own)
+            if isinstance(found, str):
+                return found
+            raw, query, reference = found
+        contig, start, end, backwards = raw.locus
+        inside = self._in_validation(contig, start, end)
+        if 0 < inside < end - start:
+            return "across a border between training and validation"
+        if log_probs is None:
+            base_starts = moved(raw.base_starts, query, reference)
+        else:
+            if self.calls:
+                query, reference, identity = in_signal(raw.bases, own)
+                if identity < IN_SIGNAL or len(query) < self.min_coverage * len(raw.bases):
+                    return "not found in the signal by --basecaller"
+                first, last = reference[0], reference[-1] + 1
+                start, end = (end - last, end - first) if backwards else (start + first, start + last)
+                raw, reference = replace(raw, bases=raw.bases[first:last]), reference - first
+            first, last = starts[query[0]], [*starts, len(log_probs)][query[-1] + 1]
+            near = np.interp(np.arange(first, last), starts[query], reference)
+            placed = forced_alignment(log_probs[first:last], raw.bases, near)
+            if placed is None:
+                return "the genome's bases do not fit into the signal"
+            base_starts = np.append(first + placed, last) * self.stride
+            base_starts[-1] = min(base_starts[-1], len(raw.dacs))  # the last step may go on beyond the signal
+        self.places[raw.id] = contig, start, end
+        return replace(raw, base_starts=base_starts, split=int(inside > 0))
+
+    def _locate(self, raw, called):
+        """The RawRead with the genome's bases under `called`, 0-4 in the order of the signal, and the positions
+        (columns,) in both that are aligned; or why there are none."""
+        if not len(called):
             return "no base called"
-        hits = sorted(self.aligner.map(sequence[::-1] if raw.rna else sequence), key=lambda hit: -hit.mlen)
+        hits = sorted(self.aligner.map(letters(called[::-1] if raw.rna else called)), key=lambda hit: -hit.mlen)
         if not hits:
             return "not aligned to the genome"
         hit = hits[0]
         if any(not other.is_primary and other.mlen > AS_GOOD * hit.mlen for other in hits[1:]):
             return "aligned to several places as well"
-        coverage, reverse = (hit.q_en - hit.q_st) / len(sequence), hit.strand < 0
+        coverage, reverse = (hit.q_en - hit.q_st) / len(called), hit.strand < 0
         if coverage < self.min_coverage:
             return f"aligned over less than {self.min_coverage:.0%}"
-        called = CODES[np.frombuffer(sequence.encode(), np.uint8)]
-        bases = in_signal_order(self.aligner.seq(hit.ctg, hit.r_st, hit.r_en), reverse, raw.rna)
+        clip = len(called) - hit.q_en if reverse else hit.q_st
+        place = columns([(pysam.CSOFT_CLIP, clip), *((what, n) for n, what in hit.cigar)])
+        there = self.aligner.seq(hit.ctg, hit.r_st, hit.r_en)
+        bases, query, reference, identity = compared(called, there, place, reverse, raw.rna)
         if not bases.all():
             return "bases other than A, C, G and T"
-        clip = len(sequence) - hit.q_en if reverse else hit.q_st
-        query, reference, _, other = columns([(pysam.CSOFT_CLIP, clip), *((what, n) for n, what in hit.cigar)])
-        if reverse != raw.rna:
-            query, reference = len(called) - 1 - query[::-1], len(bases) - 1 - reference[::-1]
-        identity = (called[query] == bases[reference]).sum() / (len(query) + other)
         if identity < self.min_identity:
             return f"identity below {self.min_identity:.0%}"
-        inside = self._in_validation(hit.ctg, hit.r_st, hit.r_en)
-        if 0 < inside < len(bases):
-            return "across a border between training and validation"
-        first, end = starts[query[0]], [*starts, len(log_probs)][query[-1] + 1]
-        near = np.interp(np.arange(first, end), starts[query], reference)
-        placed = forced_alignment(log_probs[first:end], bases, near)
-        if placed is None:
-            return "the genome's bases do not fit into the signal"
-        base_starts = np.append(first + placed, end) * self.stride
-        base_starts[-1] = min(base_starts[-1], len(raw.dacs))  # the last step may go on beyond the signal
-        self.places[raw.id] = hit.ctg, hit.r_st, hit.r_en
-        split = int(inside > 0)
-        return replace(raw, bases=bases, base_starts=base_starts, identity=identity, coverage=coverage, split=split)
+        locus = hit.ctg, hit.r_st, hit.r_en, reverse != raw.rna
+        return replace(raw, bases=bases, identity=identity, coverage=coverage, locus=locus), query, reference
 
     def _in_validation(self, contig, start, end):
         """How many bases of a place are in the validation regions."""
@@ -202,5 +253,5 @@ class Genome:
         )
 
     def unused(self):
-        """Basecalls without a read; there are none."""
-        return {}
+        """Counts, by reason, of the basecalls of which no raw read came."""
+        return self.calls.unused() if self.calls else {}

@@ -305,8 +305,9 @@ def test_a_bam_tells_the_place_in_the_genome_and_the_basecaller_that_in_the_sign
     hit = SimpleNamespace(**vars(own.in_truth) | {"r_st": offset, "r_en": offset + 1970})
     hits = [SimpleNamespace(**vars(hit) | {"mlen": 9, "cigar": [[1500, 0]]}), hit]
     hits.append(SimpleNamespace(**vars(hit) | {"mlen": 9999, "strand": -1, "q_st": 0}))
-    record = record_of(given, contigs if aligned else (), moves=False)
-    calls = Basecalls([write_bam(tmp_path / "calls.bam", [record], contigs if aligned else None)], moves=False)
+    where = contigs if aligned else ()
+    records = [record_of(given, where, moves=False), record_of(other, where, pi="one", sp=0)]
+    calls = Basecalls([write_bam(tmp_path / "calls.bam", records, where)], moves=False)
     if aligned:
         fasta = write_fasta(tmp_path / "genome.fasta", contigs)
         calls = Basecalls([tmp_path / "calls.bam"], fasta, 0.5, 0.7, moves=False)
@@ -323,7 +324,8 @@ def test_a_bam_tells_the_place_in_the_genome_and_the_basecaller_that_in_the_sign
     call = lambda reads: ((raw, own.log_probs, own.sequence, own.starts) for raw, _ in reads)  # noqa: E731
     aligner = None if aligned else Hits(contigs, {given.called: given.hits})
     labels = Genome(aligner, call, STRIDE, 0.5, 0.6, ["a:1-4000"], calls)
-    (result,) = labels.labelled(iter([own.raw]))
+    result, part = labels.labelled(iter([own.raw]))
+    assert part == ("one", "part of a split read, which --basecaller cannot place")
     (alone,) = labels_of([own], contigs)[1].values()
     assert spelled(result) == own.truth and np.array_equal(result.base_starts, alone.base_starts)
     assert (result.identity, result.coverage) == pytest.approx((given.identity, given.coverage))
@@ -335,7 +337,7 @@ def test_a_bam_tells_the_place_in_the_genome_and_the_basecaller_that_in_the_sign
     few = SimpleNamespace(**vars(hit) | {"cigar": few, "r_en": offset + sum(n for n, what in few if what != 1)})
     for found in ([], [few]):
         hits[:] = found
-        assert [one.reason for one in labels.labelled(iter([own.raw]))] == ["not found in the signal by --basecaller"]
+        assert next(labels.labelled(iter([own.raw]))).reason == "not found in the signal by --basecaller"
 
 
 # ---------------------------------------------------------------------------------------------- the split by locus

@@ -154,6 +154,8 @@ class Basecalls:
                 place = "duplex, called from two reads"
             elif self.moves and not record.has_tag("mv"):
                 place = "no move table"
+            elif not self.moves and record.has_tag("pi"):  # its bases may be in the signal of another part as well
+                place = "part of a split read, which --basecaller cannot place"
             raw_id = record.get_tag("pi") if record.has_tag("pi") else record.query_name
             self.places.setdefault(str(raw_id), []).append(place)
 

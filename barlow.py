@@ -214,14 +214,14 @@ def main(args):
         if step % LOG_EVERY == 0:
             collapse = {"feature_spread": feature_spread(embeddings), "effective_rank": effective_rank(embeddings)}
             run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
-        if step % steps_per_epoch == 0:
+        if step % steps_per_epoch == 0 and len(validation):
             run.log(step, **validate(models, validation, args, device))
         if run.stop or run.checkpoint_due or step == last:
             run.checkpoint(step, parts)
         if run.stop:  # Ctrl-C or SIGTERM
             return run.stop
 
-    if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
+    if last % steps_per_epoch and len(validation):  # --max-steps within an epoch; --resume will cut this line off again
         run.log(last, **validate(models, validation, args, device))
     print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
 

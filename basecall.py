@@ -346,7 +346,8 @@ def main(args):
                 file=sys.stderr,
             )
         if not lengths:
-            raise InputError(f"{', '.join(map(str, args.data))}: no read was called (left out: {listed(left_out)})")
+            why = f"no read was called (left out: {listed(left_out)})" if left_out else "no read in it"
+            raise InputError(f"{', '.join(map(str, args.data))}: {why}")
     print(f"called: {len(lengths)} reads, {sum(lengths)} bases, N50 {n50(lengths)}", file=sys.stderr)
     if aligner:
         aligned = f"aligned: {len(identities)} of {len(lengths)} reads"

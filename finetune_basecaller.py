@@ -255,7 +255,7 @@ def validate(model, chunks, batch_size, device, precision):
 
 @torch.no_grad()
 def draw_calls(model, chunks, device, precision):
-    """A picture of the first validation chunk: its current, its bases and those called, at their places."""
+    """A picture of the first of `chunks`: its current, its bases and those called, at their places."""
     from common.reads.pictures import (
         draw_read,  # here, since matplotlib takes long to import, and basecall.py needs none
     )
@@ -313,9 +313,8 @@ def main(args):
     stores = open_data(args.data)
     share = "finetuning" if args.shared_data else "pretraining" if args.tune else None
     chunks = Chunks(stores, args.chunk_len, "training", True, share, args.label_fraction, args.seed)
-    validation = Chunks(stores, args.chunk_len, "validation", True)
-    if args.tune:
-        validation = Chunks(stores, args.chunk_len, "training", True, "finetuning")
+    held_out = ("training", True, "finetuning") if args.tune else ("validation", True)
+    validation = Chunks(stores, args.chunk_len, *held_out)
     model.chemistry = agreed(chemistry for chemistry, _ in chemistries_of(chunks.reads[np.unique(chunks.read_of)]))
     args.chemistry = str(model.chemistry)
     print(
@@ -376,7 +375,7 @@ def main(args):
 
         if step % LOG_EVERY == 0:
             run.log(step, loss=loss, **terms, lr=optimizer.param_groups[0]["lr"])
-        if step % validate_every == 0 or step == total:
+        if len(validation) and (step % validate_every == 0 or step == total):
             metrics = validate(average, validation, args.batch_size, device, args.precision)
             run.log(step, **metrics)
             if metrics["validation/loss"] < best.loss:
@@ -387,14 +386,15 @@ def main(args):
         if run.stop:  # Ctrl-C or SIGTERM
             return run.stop
 
-    if last % validate_every and last < total:  # --max-steps; --resume will cut this line off again
+    if len(validation) and last % validate_every and last < total:  # --max-steps; --resume will cut this line off again
         run.log(last, **validate(average, validation, args.batch_size, device, args.precision))
-    if best.loss == math.inf:
+    if best.loss == math.inf:  # there may be no validation
         run.save("basecaller.pt", average.to_file())
     run.save("basecaller_last.pt", average.to_file())
-    if rank() == 0:  # which alone has the first validation chunk
-        run.picture("calls", draw_calls(average, validation, device, args.precision))
-    print(f"basecaller, best by validation loss: {run.folder / 'basecaller.pt'}")
+    if rank() == 0:  # which alone has the first chunk
+        run.picture("calls", draw_calls(average, validation or chunks, device, args.precision))
+    which = "of the last step" if best.loss == math.inf else "best by validation loss"
+    print(f"basecaller, {which}: {run.folder / 'basecaller.pt'}")
 
 
 if __name__ == "__main__":

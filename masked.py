@@ -238,21 +238,21 @@ def main(args):
         if step % LOG_EVERY == 0:
             collapse = {"feature_spread": feature_spread(embeddings), "effective_rank": effective_rank(embeddings)}
             run.log(step, loss=loss, **terms, **collapse, lr=optimizer.param_groups[0]["lr"])
-        if step % steps_per_epoch == 0:
+        if step % steps_per_epoch == 0 and len(validation):
             run.log(step, **validate(models, validation, args, device))
         if run.stop or run.checkpoint_due or step == last:
             run.checkpoint(step, parts)
         if run.stop:  # Ctrl-C or SIGTERM
             return run.stop
 
-    if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
+    if last % steps_per_epoch and len(validation):  # --max-steps within an epoch; --resume will cut this line off again
         run.log(last, **validate(models, validation, args, device))
     print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
 
     from common.reads.pictures import draw_events  # here, since matplotlib takes long to import
 
     with evaluation(models):
-        *_, seen = forward(models, next(validation.tiles(args.batch_size, equal=True)).to(device), args)
+        *_, seen = forward(models, next((validation or chunks).tiles(args.batch_size, equal=True)).to(device), args)
     run.picture("events", draw_events(*seen, models.edges))
 
 

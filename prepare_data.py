@@ -71,12 +71,16 @@ class Args:
 def audit(stores, chunk_len):
     """Prints reads, chunks, and for labelled reads samples per base, chunks infeasible for CTC and shared 21-mers."""
     needed, sequences = [], []
+    any_bases = any(store.reads["bases_length"].any() for store in stores)
     for split in ("training", "validation"):
-        for labelled in (False, True):
+        for labelled in (False, True)[: 1 + any_bases]:
             try:
                 chunks = Chunks(stores, chunk_len, split, labelled)
-            except InputError:
-                continue  # no such reads
+            except InputError as error:
+                print(f"  {error}")
+                continue
+            if not len(chunks):
+                continue
             kind = "labelled " if labelled else ""
             short = f"; {chunks.too_short} reads are shorter" if chunks.too_short else ""
             print(f"  {split}: {chunks.number_of_reads} {kind}reads, {len(chunks)} chunks of {chunk_len}{short}")
@@ -101,11 +105,8 @@ def export_bonito(stores, out, chunk_len):
     with written_whole(out) as folder:
         folder.mkdir()
         for split, part in (("training", folder), ("validation", folder / "validation")):
-            try:
-                chunks = Chunks(stores, chunk_len, split, labelled=True)
-            except InputError:
-                if split == "training":
-                    raise
+            chunks = Chunks(stores, chunk_len, split, labelled=True)
+            if not len(chunks):
                 continue
             longest = max(batch.targets.shape[1] for batch in chunks.tiles(64))
             batches = tqdm(chunks.tiles(64), f"writing {split}", -(-len(chunks) // 64), unit=" batches")

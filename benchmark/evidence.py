@@ -222,7 +222,7 @@ def do(commands):
         finish(command, folder, before)
         logs.append(log_of(folder))
     *pretraining, last = logs
-    row = {name: last[f"validation/{name}"] for name in ("loss", "identity_mean", "identity_median")}
+    row = {name: last.get(f"validation/{name}", "") for name in ("loss", "identity_mean", "identity_median")}
     row |= {name: logs[-2:][0].get(name, "") for name in ("feature_spread", "effective_rank")}
     row |= {"seconds": last["seconds"], "pretraining_seconds": sum(log["seconds"] for log in pretraining)}
     row |= {"commit": last["commit"], "pretraining_commit": " && ".join(log["commit"] for log in pretraining)}

@@ -48,7 +48,8 @@ class Args:
 
 
 def identity(weights, data, splits=("training", "validation")):
-    return np.mean(np.concatenate([*identities_by_read(weights, data, splits=splits).values()]))
+    found = [*identities_by_read(weights, data, splits=splits).values()]
+    return np.mean(np.concatenate(found)) if found else np.nan
 
 
 def main(args):

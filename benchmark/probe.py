@@ -94,7 +94,10 @@ def probe(pore_model, args, training, test):
 def main(args):
     stores = open_data(args.data)
     training = examples(Chunks(stores, args.chunk_len, "training", labelled=True), args.many)
-    test = examples(Chunks(stores, args.chunk_len, "validation", labelled=True), args.many)
+    held_out = Chunks(stores, args.chunk_len, "validation", labelled=True)
+    if not len(held_out):
+        raise InputError("--data: no labelled validation read to test on; give more reads")
+    test = examples(held_out, args.many)
     models, sizes = [], set()
     for path in args.weights:
         try:

@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class Chunks:
-    """The chunks of one split of some stores; len() is how many an epoch has.
+    """The chunks of one split of some stores; len() is how many an epoch has, for validation perhaps none.
 
     split: "training" or "validation", by the hash of the read's id. labelled: only labelled reads, with their bases.
     share: "pretraining" or "finetuning" takes that share of the reads (five to one, by the hash of the id), None all.
@@ -100,14 +100,20 @@ class Chunks:
         self.row_of = np.repeat(np.arange(len(keep)), tiles)  # (chunks,) index in spare
         self.read_of = keep[self.row_of]  # (chunks,) index in self.reads
         self.tile_of = np.arange(len(self.read_of)) - np.repeat(tiles.cumsum() - tiles, tiles)
-        if not len(self.read_of):
-            kind = "labelled " if labelled else ""
-            raise InputError(
-                f"{names}: no {kind}{split} read of at least {chunk_len} samples ({self.too_short} shorter); "
-                "give more reads or a smaller --chunk-len"
-            )
-        if not labelled and len(self.read_of) < world_size():  # parts that are compared have to be equal
-            raise InputError(f"{names}: only {len(self)} {split} chunks for {world_size()} processes; give more reads")
+        if len(self) < (1 if labelled else world_size()):  # parts that are compared have to be equal
+            why = f"no {'labelled ' * labelled}{split} read{f' for {share}' if share else ''}"
+            if len(self):
+                why = f"only {len(self)} {split} chunks for {world_size()} processes; give more reads"
+            elif labelled and not self.reads["bases_length"].any():
+                why += ": none has bases; prepare_data.py makes labels, of a BAM or a genome"
+            elif self.too_short:
+                why += f" of at least {chunk_len} samples ({self.too_short} shorter); give a smaller --chunk-len"
+            else:
+                why += f" among {len(self.reads)}; give more reads"
+            if split == "training":
+                raise InputError(f"{names}: {why}")
+            print(f"without validation: {names}: {why}")
+            self.read_of = self.read_of[:0]
         self._epoch = self._order = self._offsets = None
 
     def __len__(self):
@@ -116,7 +122,10 @@ class Chunks:
     def steps_per_epoch(self, batch_size):
         """How many whole batches an epoch has. InputError if none, or if processes cannot have equal parts of them."""
         if batch_size > len(self):
-            raise InputError(f"--batch-size {batch_size}: more than the {len(self)} training chunks there are")
+            raise InputError(
+                f"--batch-size {batch_size}: more than the {len(self)} training chunks there are; "
+                "give a smaller one, a smaller --chunk-len or more reads"
+            )
         if batch_size % world_size():
             raise InputError(f"--batch-size {batch_size}: cannot be split equally among {world_size()} processes")
         return len(self) // batch_size
@@ -146,7 +155,7 @@ class Chunks:
         processes to have equal parts, is left out.
         """
         end = len(self)
-        if equal:
+        if equal and end:
             batch_size = min(batch_size, len(self) // world_size() * world_size())
             end -= end % batch_size
         for first in range(0, end, batch_size):

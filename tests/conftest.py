@@ -58,6 +58,14 @@ def few(simulated, tmp_path_factory):
 
 
 @pytest.fixture
+def one_read(simulated, tmp_path):
+    """Mapped-signal HDF5 of one simulated read, which is for training."""
+    with h5py.File(simulated) as every, h5py.File(tmp_path / "one.hdf5", "w") as file:
+        every.copy("Reads/simulated-1-3", file.require_group("Reads"))
+    return tmp_path / "one.hdf5"
+
+
+@pytest.fixture
 def command(monkeypatch):
     """prepare_data.py with these words, in this process."""
 

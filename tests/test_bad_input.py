@@ -13,6 +13,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pod5
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -165,13 +166,20 @@ def test_a_folder_of_which_a_file_cannot_be_read(simulated, tmp_path, capsys):
     assert f"passed over: {tmp_path}/in/text.pod5" in capsys.readouterr().err
 
 
+def test_no_reads_in_a_file(refused, tmp_path):
+    path = tmp_path / "none.pod5"
+    pod5.Writer(path).close()
+    for name, words in (("barlow", ["--data"]), ("finetune_basecaller", ["--data"]), ("prepare_data", [])):
+        assert refused(name, *words, path) == f"{path}: no read in it"
+
+
 def test_reads_shorter_than_a_chunk(refused, simulated):
     message = refused("barlow", "--data", simulated, "--chunk-len", "30000")
     assert str(simulated.stem) in message and "30000" in message and "--chunk-len" in message
     message = refused("finetune_basecaller", "--data", simulated, "--chunk-len", "30000")
     assert "no labelled training read of at least 30000 samples" in message
     message = refused("prepare_data", simulated, "--chunk-len", "30000")
-    assert message.startswith(str(simulated)) and "12 shorter than 30000 samples" in message
+    assert message.startswith(str(simulated)) and "12 shorter than 30000 samples); give a smaller --chunk" in message
 
 
 @pytest.mark.parametrize("edit, reason", [(no_calibration, "no calibration"), (backwards, "goes backwards")])
@@ -269,7 +277,7 @@ def test_a_cache_that_cannot_be_made(refused, simulated, tmp_path, monkeypatch, 
         ("cpc", "--future-steps 30 --drop-chance 0.25 0.38", "--future-steps 30: chunks may have only 25 frames; "),
         ("moco", "--batchnorm-groups 3", "--batchnorm-groups: should cut --batch-size into equal groups of 2 or more"),
         ("moco", "--batchnorm-groups 4", "--batchnorm-groups: should cut --batch-size into equal groups of 2 or more"),
-        ("barlow", "--batch-size 5000", "--batch-size 5000: more than the 243 training chunks there are"),
+        ("barlow", "--batch-size 5000", "--batch-size 5000: more than the 243 training chunks there are; give a sma"),
         ("finetune_basecaller", "--batch-size 5000", "--batch-size 5000: more than the 243 training chunks there are"),
     ],
 )

@@ -721,6 +721,8 @@ def test_reads_that_cannot_be(refused, call, raw_file, reads, tmp_path, capsys):
     folder = tmp_path / "reads"
     folder.mkdir()
     assert refused(folder).startswith(f"{folder}: no .pod5")
+    write_pod5(tmp_path / "none.pod5", {})
+    assert refused(tmp_path / "none.pod5") == f"{tmp_path}/none.pod5: no read in it"
     (folder / "a.pod5").write_text("no reads")
     assert refused(folder / "a.pod5").startswith(f"{folder}/a.pod5: cannot be read as pod5")
     assert refused(folder) == f"{folder}: no read was called (left out: 1 in files that cannot be read)"

@@ -245,7 +245,7 @@ def test_indices_that_make_no_sense(tmp_path, cache, indices, part):
 
 def test_indices_that_leave_nothing(tmp_path):
     write(tmp_path / "arrays", easy_arrays(40, 1), [40, 41])
-    with pytest.raises(InputError, match="no read can be used"):
+    with pytest.raises(InputError, match="arrays: no read in it"):
         open_data([tmp_path / "arrays"])
 
 

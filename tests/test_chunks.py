@@ -1,6 +1,7 @@
 """Splits by read, chunks and batches (common/chunks.py)."""
 
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -174,8 +175,39 @@ def test_validation_tiles_each_read_once_without_overlap(tmp_path):
     chunks = Chunks([store], 100, "validation")
     found = [locate(row) for batch in chunks.tiles(3) for row in batch.signal]
     assert found == [(read, 100 * i) for read, length in enumerate(LENGTHS) for i in range(length // 100)]
-    with pytest.raises(InputError, match="no training read of at least 100 samples"):
+    with pytest.raises(InputError, match="no training read among 6; give more reads"):
         Chunks([store], 100, "training")
+
+
+def test_what_is_missing_is_said_and_without_validation_reads_there_is_none(tmp_path, monkeypatch, capsys):
+    two, plain = coded_store(tmp_path / "two", [250, 90]), coded_store(tmp_path / "plain", [250], labelled=False)
+    one = coded_store(tmp_path / "one", [250], split=1)
+    for stores, labelled, length, message in (
+        ([plain], True, 100, "plain: no labelled training read: none has bases; prepare_data.py makes labels"),
+        ([plain, one], True, 100, "one: no labelled training read among 2; give more reads"),
+        ([two], False, 300, "two: no training read of at least 300 samples (2 shorter); give a smaller --chunk-len"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            Chunks(stores, length, "training", labelled)
+    found = set()
+    for share in ("pretraining", "finetuning"):
+        try:
+            found.add(len(Chunks([plain], 100, "training", share=share)))
+        except InputError as error:
+            assert f"no training read for {share} among 1; give more reads" in str(error)
+    assert found == {2}
+
+    assert not capsys.readouterr().out
+    for stores, labelled in (([two], False), ([two], True), ([plain, two], True)):
+        chunks = Chunks(stores, 100, "validation", labelled)
+        assert len(chunks) == chunks.number_of_reads == 0
+        assert not [*chunks.tiles(4)] and not [*chunks.tiles(4, equal=True)] and not chunks.sequences()
+        kind = "labelled " * labelled
+        assert f"{stores[-1].path}: no {kind}validation read among {len(chunks.reads)}" in capsys.readouterr().out
+    few = in_each_process(monkeypatch, 3, lambda: Chunks([one], 100, "validation"))
+    assert [len(chunks) for chunks in few] == [0, 0, 0] and not [*few[0].tiles(4, equal=True)]
+    assert "only 2 validation chunks for 3 processes" in capsys.readouterr().out
+    assert in_each_process(monkeypatch, 3, lambda: len(Chunks([one], 100, "validation", labelled=True))) == [2, 2, 2]
 
 
 def in_each_process(monkeypatch, number, work):

@@ -182,6 +182,22 @@ def test_a_run_resumed_before_it_was_ever_validated_is_the_run_never_stopped(few
     assert lines_but_speed(whole) == lines_but_speed(stopped)
 
 
+def test_without_validation_reads_the_best_is_the_last(one_read, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(small_args(one_read, run, steps=12, max_steps=5))
+    main(small_args(one_read, None, steps=12, resume=run))
+    printed = capsys.readouterr().out
+    assert (
+        "no labelled validation read among 1; give more reads" in printed
+        and "basecaller, of the last step: " in printed
+    )
+    assert [line["step"] for line in read_metrics(run)] == [10] and (run / "calls.png").exists()
+    best, last = load(run / "basecaller.pt"), load(run / "basecaller_last.pt")
+    assert all(torch.equal(best[key], last[key]) for key in last)
+    with pytest.raises(InputError, match="no labelled training read for finetuning among 1; give more reads"):
+        main(small_args(one_read, tmp_path / "tuned", tune=True))
+
+
 def test_steps_end_the_cosine_and_are_validated_every_so_often_and_at_the_end(few, tmp_path, monkeypatch):
     """An epoch of all reads has several steps, one of a tenth of them a single one."""
     monkeypatch.setattr(finetune_basecaller, "VALIDATE_EVERY", 4)

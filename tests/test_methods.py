@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
 from benchmark.plot_runs import read_metrics
 from common import InputError
-from common.chunks import Chunks, open_data
+from common.chunks import Chunks, in_validation, open_data
 from common.pore_model import PoreModel
 from common.reads.simulate import write_simulated
 from finetune_basecaller import Basecaller
@@ -244,6 +245,34 @@ def test_a_run_that_sigterm_stopped_is_resumed_as_if_never_stopped(method, few, 
     assert logs[0] == logs[1]
     expected = sorted([*range(2, steps + 3, 2), steps, steps + 2])  # a validation each epoch and at the end
     assert [line["step"] for line in logs[0]] == expected
+
+
+@all_methods
+def test_without_validation_reads_it_trains_and_resumes(method, few, simulated, tmp_path, monkeypatch, capsys):
+    """Its weights are those of a run that is validated, with the same training reads."""
+    monkeypatch.setattr(script(method), "LOG_EVERY", 2)
+    with h5py.File(simulated) as every, h5py.File(tmp_path / "two.hdf5", "w") as file:
+        for name in training_reads(few):
+            every.copy(f"Reads/{name}", file.require_group("Reads"))
+    steps = Chunks(open_data([few]), 200, "training").steps_per_epoch(8)
+    script(method).main(settings(method, few, tmp_path / "validated", max_steps=steps + 2))
+    assert "without validation" not in capsys.readouterr().out
+    run = tmp_path / "run"
+    script(method).main(settings(method, tmp_path / "two.hdf5", run, max_steps=steps))
+    assert "no validation read among" in capsys.readouterr().out
+    script(method).main(settings(method, tmp_path / "two.hdf5", None, max_steps=steps + 2, resume=run))
+    logs, weights = [], []
+    for folder in (tmp_path / "validated", run):
+        logs.append([{**line, "chunks_per_second": 0} for line in read_metrics(folder) if "loss" in line])
+        weights.append(torch.load(folder / "pore_model.pt", weights_only=True))
+    assert logs[0] == logs[1] and len(logs[1]) == len(read_metrics(run)) == (steps + 2) // 2
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def training_reads(store):
+    """The names of the reads of a store that are not for validation."""
+    (store,) = open_data([store])
+    return [read_id.decode() for read_id in store.reads["id"][~in_validation(store.reads)]]
 
 
 KILLED = """

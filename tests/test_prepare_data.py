@@ -90,6 +90,22 @@ def test_shared_sequence_is_in_the_audit(one_place, tmp_path, command, capsys):
     assert 49 < float(same) < 50 and 98 < float(either) < 99
 
 
+def test_one_read_and_reads_without_bases_are_audited_as_what_they_are(one_read, tmp_path, command, capsys):
+    command(one_read, "-o", tmp_path / "one", "--chunk-len", LENGTH)
+    audit = capsys.readouterr().out.partition("audit:\n")[2]
+    assert "training: 1 labelled reads, " in audit and "hold" not in audit
+    assert "no validation read among 1; give more" in audit and "no labelled validation read among 1; give" in audit
+    command(one_read, "-o", tmp_path / "arrays", "--chunk-len", LENGTH, "--bonito")
+    assert len(np.load(tmp_path / "arrays/chunks.npy")) > 9 and not (tmp_path / "arrays/validation").exists()
+    with h5py.File(one_read, "r+") as file:
+        read = file["Reads/simulated-1-3"]
+        del read["Reference"], read["Ref_to_signal"]
+        read["Reference"], read["Ref_to_signal"] = np.zeros(0, np.int16), np.zeros(1, np.int32)
+    capsys.readouterr()
+    command(one_read, "-o", tmp_path / "plain", "--chunk-len", LENGTH)
+    assert "labelled" not in capsys.readouterr().out.partition("audit:\n")[2].replace("unlabelled", "")
+
+
 @pytest.mark.parametrize("bonito", [(), ("--bonito",)])
 def test_an_existing_out_is_refused_and_left_alone(simulated, tmp_path, command, bonito):
     (tmp_path / "out").mkdir()

@@ -50,6 +50,11 @@ def test_the_table_has_a_row_a_file_and_one_of_random_weights(few, tmp_path, cap
     assert len(shares) == 24 and np.all(np.array(shares) > 15) and np.all(np.array(shares) < 90)
 
 
+def test_without_validation_reads_there_is_nothing_to_test_on(one_read, tmp_path):
+    with pytest.raises(InputError, match="--data: no labelled validation read to test on; give more reads"):
+        probe.main(probe.Args((tmp_path / "a.pt",), (one_read,), chunk_len=400))
+
+
 def test_a_file_without_a_pore_model_is_named(few, tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(InputError, match=r"x\.pt: .* not a pore model"):

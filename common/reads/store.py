@@ -151,7 +151,9 @@ def prepare(paths, out, min_len=1, labelled_only=False, labels=None):
         if labels:
             store.left_out += labels.unused()
         if not store.reads:
-            raise InputError(f"{', '.join(map(str, paths))}: no read can be used (left out: {listed(store.left_out)})")
+            why = f"no read can be used (left out: {listed(store.left_out)})" if store.left_out else "no read in it"
+            short = "; give a smaller --chunk-len" if f"shorter than {min_len} samples" in store.left_out else ""
+            raise InputError(f"{', '.join(map(str, paths))}: {why}{short}")
         store.close(sources=[str(path) for path in paths])
     return ReadStore(out)
 

@@ -348,6 +348,7 @@ def main(args):
         if not lengths:
             why = f"no read was called (left out: {listed(left_out)})" if left_out else "no read in it"
             raise InputError(f"{', '.join(map(str, args.data))}: {why}")
+    print(f"reads: {in_words(chemistries)}; the basecaller is for {model.chemistry}", file=sys.stderr)
     print(f"called: {len(lengths)} reads, {sum(lengths)} bases, N50 {n50(lengths)}", file=sys.stderr)
     if aligner:
         aligned = f"aligned: {len(identities)} of {len(lengths)} reads"

@@ -182,9 +182,9 @@ def test_a_basecaller_carries_the_chemistry_of_its_training_reads(few, tmp_path,
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """What basecall.py with a basecaller of this chemistry says of reads of these runs, besides its counts."""
+    """What basecall.py with a basecaller of this chemistry says of reads of these runs; call() leaves its counts out."""
 
-    def run(chemistry, *runs):
+    def said(chemistry, *runs):
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         folder = tmp_path / str(uuid.uuid4())
         folder.mkdir()
@@ -194,10 +194,13 @@ def call(tmp_path, monkeypatch, capsys):
         words = ["basecall.py", folder / "basecaller.pt", folder, "-o", folder / "calls.fastq", "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", [*map(str, words)])
         basecall.main(parse_args(basecall.Args))
-        said = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        return [line.partition("basecaller.pt: ")[2] for line in said if "basecaller.pt: " in line]
+        return capsys.readouterr().err.replace("\r", "\n").splitlines()
 
-    return run
+    def call(*given):
+        return [line.partition("basecaller.pt: ")[2] for line in said(*given) if "basecaller.pt: " in line]
+
+    call.said = said
+    return call
 
 
 def test_basecall_says_that_reads_are_of_another_chemistry(call):
@@ -215,6 +218,7 @@ def test_basecall_says_that_reads_are_of_another_chemistry(call):
         f"(1 of unknown chemistry at 4 kHz){end}"
     ]
     assert call(rna, RNA | {"sample_rate": 3012}) == call(r9, R9, {}) == []
+    assert "reads: 1 of R9.4.1 DNA at 4 kHz; the basecaller is for RNA002 at 3 kHz" in call.said(rna, R9)
     assert call(None, RNA, R10) == call(Chemistry(), RNA, R10) == []  # of before; of reads that did not say
 
 

@@ -182,7 +182,7 @@ def test_a_basecaller_carries_the_chemistry_of_its_training_reads(few, tmp_path,
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """What basecall.py with a basecaller of this chemistry says of reads of these runs; call() leaves its counts out."""
+    """What basecall.py with a basecaller of this chemistry says of reads of these runs; call() without counts."""
 
     def said(chemistry, *runs):
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)

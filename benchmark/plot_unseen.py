@@ -40,9 +40,12 @@ def training_of(row):
 
 
 def commands_of(row):
-    """[(script, options)] before fine-tuning."""
+    """[(script, options)] before fine-tuning, without --seed and --weights."""
     commands = row["pretrain_command"].split(" && ") if row["pretrain_command"] else []
-    return [(command.partition(".py")[0], options_of(command)) for command in commands]
+    options = [options_of(command) for command in commands]
+    for given in options:
+        given.pop("seed", None), given.pop("weights", None)
+    return [(command.partition(".py")[0], given) for command, given in zip(commands, options, strict=True)]
 
 
 def arm_names(rows):
@@ -55,7 +58,7 @@ def arm_names(rows):
     def name(script, options):
         title = f"labels of {Path(options['data']).stem}" if script == "finetune_basecaller" else NAMES[script]
         differ = [name for name in options if len({other.get(name) for other in all_options[script]}) > 1]
-        return " ".join([title, *(f"--{name} {options[name]}".strip() for name in differ if name != "seed")])
+        return " ".join([title, *(f"--{name} {options[name]}".strip() for name in differ)])
 
     return [", then ".join(name(*command) for command in commands_of(row)) or SCRATCH for row in rows]
 

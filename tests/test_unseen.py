@@ -148,6 +148,7 @@ def test_an_arm_is_all_commands_before_fine_tuning_and_the_options_in_which_they
         row_of("masked.py --data a b --cosine --epochs 5 --seed 1", 9),
         row_of(f"masked.py --data a b --cosine --epochs 5 --seed 0 && {labels}", 9),
         row_of("masked.py --data a b --cosine --epochs 2 --gap 3", 9),
+        row_of("barlow.py --data a b --cosine --weights c", 9),
         row_of("barlow.py --data a b --cosine", 9),
         row_of("", 9),
     ]
@@ -156,6 +157,7 @@ def test_an_arm_is_all_commands_before_fine_tuning_and_the_options_in_which_they
         "masked events --epochs 5",
         "masked events --epochs 5, then labels of sim",
         "masked events --epochs 2 --gap 3",
+        "Barlow Twins",
         "Barlow Twins",
         "from scratch",
     ]

@@ -10,6 +10,7 @@ the gains of resampled seeds and test reads (a bootstrap; with three seeds or fe
 
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -152,6 +153,7 @@ def plot(arms, out):
                     mean, place + 0.25 * number, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, **look
                 )
         labels = [f"{arm} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for arm, seeds in rows.items()]
+        labels = [textwrap.fill(label, 36) for label in labels]
         axis.set_yticks(np.arange(len(rows)) + 0.1, labels)
         axis.set_ylim(len(rows) - 0.3, -0.5)
         axis.set_title(training, loc="left", fontsize=10)
@@ -196,6 +198,7 @@ def plot_lines(arms, out):
             colour, line, marker = LOOKS[script]
             below.plot(*zip(*sorted(places), strict=True), f"{marker}{line}", color=colour, label=NAMES[script])
         above.set_title(test)
+        above.margins(y=0.12)
         above.set_xlabel("samples seen in pretraining (millions)")
         below.set_xlabel("labelled reads (%)")
         below.set_xscale("log")

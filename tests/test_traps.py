@@ -122,7 +122,7 @@ DOES_WITHOUT = {
     "average_gradients(optimizer)",  # with many processes: below
     "optimizer.step()",
     "if step % LOG_EVERY == 0:",
-    "if step % steps_per_epoch == 0:",
+    "if step % steps_per_epoch == 0 and len(validation):",
 }
 SAID = {"if run.stop or run.checkpoint_due or step == last:", "if run.stop:"}
 

@@ -182,10 +182,14 @@ def test_a_run_resumed_before_it_was_ever_validated_is_the_run_never_stopped(few
     assert lines_but_speed(whole) == lines_but_speed(stopped)
 
 
-def test_without_validation_reads_the_best_is_the_last(one_read, tmp_path, capsys):
+def test_without_validation_reads_the_best_is_the_last(one_read, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(finetune_basecaller, "draw_calls", lambda _, chunks, *rest: drawn.append(chunks) or Figure())
     run = tmp_path / "run"
     main(small_args(one_read, run, steps=12, max_steps=5))
+    assert not (run / "metrics.jsonl").exists()
     main(small_args(one_read, None, steps=12, resume=run))
+    assert [len(chunks) > 0 for chunks in drawn] == [True, True]
     printed = capsys.readouterr().out
     assert (
         "no labelled validation read among 1; give more reads" in printed

@@ -74,7 +74,10 @@ class Chunks:
         self.reads = np.concatenate([store.reads for store in stores])
         self.store_of = np.repeat(np.arange(len(stores)), [len(store.reads) for store in stores])
         low = np.array([hash_of(read_id) % 2**32 for read_id in self.reads["id"]]) / 2**32
-        keep = in_validation(self.reads) == (split == "validation")
+        held_out = in_validation(self.reads)
+        if not labelled and held_out.all() and (self.reads["split"] < 0).all():
+            held_out[:] = False  # by chance, as a single read may be: it is all there is to pretrain on
+        keep = held_out == (split == "validation")
         if share is not None and split == "training":
             keep &= (low < PRETRAINING) == (share == "pretraining")
         if labelled:

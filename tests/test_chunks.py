@@ -4,12 +4,13 @@ import itertools
 import re
 from collections import Counter
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from common import InputError
-from common.chunks import Chunks, open_data
+from common.chunks import Chunks, in_validation, open_data
 from common.reads.simulate import simulate_read
 from common.reads.store import ReadStore, StoreWriter
 
@@ -208,6 +209,19 @@ def test_what_is_missing_is_said_and_without_validation_reads_there_is_none(tmp_
     assert [len(chunks) for chunks in few] == [0, 0, 0] and not [*few[0].tiles(4, equal=True)]
     assert "only 2 validation chunks for 3 processes" in capsys.readouterr().out
     assert in_each_process(monkeypatch, 3, lambda: len(Chunks([one], 100, "validation", labelled=True))) == [2, 2, 2]
+
+
+def test_a_read_alone_is_pretrained_on(simulated, tmp_path):
+    """Also one that would be for validation among others."""
+    (store,) = open_data([simulated])
+    for held_out in (False, True):
+        path = tmp_path / f"{held_out}.hdf5"
+        name = store.reads["id"][in_validation(store.reads) == held_out][0].decode()
+        with h5py.File(simulated) as every, h5py.File(path, "w") as file:
+            every.copy(f"Reads/{name}", file.require_group("Reads"))
+        alone = open_data([path])
+        assert Chunks(alone, 200, "training").number_of_reads == 1 and not len(Chunks(alone, 200, "validation"))
+        assert Chunks(alone, 200, "validation", labelled=True).number_of_reads == held_out
 
 
 def in_each_process(monkeypatch, number, work):

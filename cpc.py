@@ -247,13 +247,13 @@ def main(args):
         if run.stop:  # Ctrl-C or SIGTERM
             return run.stop
 
+    print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
     if len(validation):
         metrics = validate(models, validation, args, device)
         if last % steps_per_epoch:  # --max-steps within an epoch; --resume will cut this line off again
             run.log(last, **metrics)
         chance = 1 / min(args.batch_size, len(validation) // world_size() * world_size())
         run.picture("accuracy", draw_accuracy(metrics, args.future_steps, chance))
-    print(f"pretrained weights: {run.save('pore_model.pt', pore_model.state_dict())}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ reads, share of them and steps compare. A gain is the mean over the seeds that b
 the gains of resampled seeds and test reads (a bootstrap; with three seeds or fewer it is too narrow).
 """
 
+import importlib
 import re
 import sys
 import textwrap
@@ -20,7 +21,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmark.evidence import BATCH, CHUNK, ROOT, read_rows
+from benchmark.evidence import ROOT, read_rows
 from benchmark.plot_evidence import LOOKS, NAMES
 from benchmark.plot_runs import COLOURS
 from common import InputError
@@ -165,8 +166,13 @@ def plot(arms, out):
 
 
 def samples_of(row):
-    """Millions of samples that pretraining saw."""
-    return int(row["pretraining_steps"]) * BATCH * CHUNK / 1e6
+    """Millions of samples that pretraining, of one command, saw."""
+    ((script, options),) = commands_of(row)
+    defaults = importlib.import_module(script).Args
+    batch, length = (
+        int(options.get(name, getattr(defaults, name.replace("-", "_")))) for name in ("batch-size", "chunk-len")
+    )
+    return int(row["pretraining_steps"]) * batch * length / 1e6
 
 
 def plot_lines(arms, out):

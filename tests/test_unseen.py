@@ -177,13 +177,14 @@ def test_more_steps_from_scratch_are_an_arm_beside_those_that_are_pretrained(mon
 def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
     """Of arms with other seeds, too: their identities do not compare, their gains do."""
     rows = [row_of("", 9, 0, 70.0), row_of("", 9, 1, 60.0)]
-    rows += [row_of("masked.py --epochs 2", 9, 1, 62.0, 100), row_of("masked.py --epochs 5", 9, 1, 63.0, 250)]
+    rows += [row_of("masked.py --chunk-len 1200 --epochs 2", 9, 1, 62.0, 100)]
+    rows += [row_of("masked.py --batch-size 128 --epochs 5", 9, 1, 63.0, 250)]
     monkeypatch.setattr(plot_unseen, "read_rows", lambda name: dict(enumerate(rows)))
     drawn = {}
     monkeypatch.setattr(plot_unseen.plt, "close", lambda figure: drawn.update(axes=figure.axes))
     plot_unseen.plot_lines(plot_unseen.read_arms("some"), tmp_path / "lines.png")
     above, below = drawn["axes"]
-    assert [line.get_xydata().tolist() for line in above.lines] == [[[0, 65], [100 * 0.0768, 67], [250 * 0.0768, 68]]]
+    assert [line.get_xydata().tolist() for line in above.lines] == [[[0, 65], [100 * 0.0768, 67], [250 * 0.4608, 68]]]
     assert [line.get_xydata().tolist() for line in below.lines] == [[[100, 65]], [[100, 68]]]
 
 

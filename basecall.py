@@ -44,7 +44,7 @@ from common.pore_model import HOP, frames_of, load_tensors
 from common.reads.chemistry import in_words
 from common.reads.files import written_whole
 from common.reads.formats import Rejected, count_reads, listed, raw_files, reads_of
-from common.reads.genome import open_genome
+from common.reads.genome import MIN_IDENTITY, open_genome
 from common.reads.normalise import normalised
 from finetune_basecaller import STEPS_PER_FRAME, Basecaller
 
@@ -328,6 +328,8 @@ def main(args):
                 left_out["no base called"] += 1
                 continue
             hit = next(aligner.map(call.sequence, MD=True), None) if aligner else None
+            if hit and hit.mlen < MIN_IDENTITY * hit.blen:
+                hit = None  # by chance
             write(call, hit)
             lengths.append(len(call.sequence))
             if hit:

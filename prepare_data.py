@@ -32,7 +32,7 @@ from common.reads.bonito import write_bonito
 from common.reads.chemistry import say_chemistry
 from common.reads.files import written_whole
 from common.reads.formats import is_bonito
-from common.reads.genome import Genome, open_genome
+from common.reads.genome import MIN_IDENTITY, Genome, open_genome
 from common.reads.kmers import shared_kmers
 from common.reads.store import open_stores, prepare
 
@@ -128,7 +128,7 @@ def caller_of(args):
 
 def labels_of(args):
     """The Basecalls or the Genome that labels the reads; None where they bring labels of their own."""
-    aligned, mapped = (0.7, 0.6) if args.min_identity is None else (args.min_identity,) * 2
+    aligned, mapped = (0.7, MIN_IDENTITY) if args.min_identity is None else (args.min_identity,) * 2
     calls = call = aligner = None
     if args.bam:
         calls = Basecalls(args.bam, args.reference, args.min_coverage, aligned, moves=not args.basecaller)

@@ -456,6 +456,8 @@ def test_calls_are_aligned_to_a_reference(call, raw_file, reads, tmp_path, monke
     sequences = [sequence for sequence, _ in parsed(plain).values()]
     columns = {sequence: columns_of(rng, sequence) for sequence in sequences[1:8]}  # the others are not aligned
     aligner = Aligner(columns)
+    by_chance = aligner.hits[sequences[0]] = SimpleNamespace(**vars(aligner.hits[sequences[1]]))
+    by_chance.mlen, by_chance.blen = 57, 100  # what reads of other genomes reach
     reference = write_fasta(tmp_path / "reference.fa", aligner.contigs)
     monkeypatch.setattr(basecall, "open_genome", lambda path: {reference: aligner}[path])
     capsys.readouterr()

@@ -21,6 +21,7 @@ from common.reads.normalise import normalised
 
 BAND = 128  # bases to either side of the call's own path that forced alignment looks at
 AS_GOOD = 0.95  # a read is left out if another place of the genome has more than this share of its best place's matches
+MIN_IDENTITY = 0.6  # of a call to the genome: such short seeds find places for reads of other genomes too, below 0.58
 WINDOWS = 16_000, 100_000  # bases of the windows that are split, at least and at most; between them an eighth of all
 IN_SIGNAL = 0.55  # identity of a basecaller's own call to the genome under a BAM's; wrong bases reach 0.54
 ONE_IN = 8  # windows, of which the one is validation

@@ -3,8 +3,9 @@
     python -m benchmark.unseen_reads ../shared/data runs/unseen
 
 Writes lambda_first.hdf5 and lambda_second.hdf5, the two halves of lambda's genome, reads across its middle cut there;
-and ecoli.hdf5, without nine reads whose labels fit the signal badly. Prints how many of their 21-mers, of the same
-strand and of either, the Klebsiella reads hold.
+ecoli.hdf5, without nine reads whose labels fit the signal badly; and unlabelled_unseen.pod5, to pretrain on, without
+the seven reads of lambda and of E. coli's locus. Prints how many of the 21-mers of the first three, of the same strand
+and of either, the Klebsiella reads hold.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pod5
 
 from common import InputError
 from common.reads.files import written_whole
@@ -19,6 +21,10 @@ from common.reads.kmers import K, shared_kmers
 
 BADLY_LABELLED = (  # median correlation of signal and level below 0.94, or a lost run of 500 bases
     "0eb7ac67", "c65d1bb9", "f432cb50", "4dbe677b", "c2cfeb47", "9a1776fd", "7baacba0", "458e15d1", "77635ef8"
+)  # fmt: skip
+TESTED = (  # of the unlabelled reads, those of lambda and of E. coli's locus
+    "3fa4862f-bf61-4f3d-a13e-18b24be3b2a3", "3fa4862f-bf61-4f3d-a13e-18b24be3b2a4",
+    "6841b4db", "b3123159", "bc5615d7", "c06dd5a2", "e133fe6f",
 )  # fmt: skip
 
 
@@ -76,6 +82,11 @@ def copy_without(source, ids, target):
                 reads.copy(read, file.require_group("Reads"))
 
 
+def copy_raw_without(source, ids, target):
+    with pod5.Reader(source) as reader, written_whole(target) as part, pod5.Writer(part) as writer:
+        writer.add_reads([read.to_read() for read in reader.reads() if not str(read.read_id).startswith(ids)])
+
+
 def sequences(path):
     """The bases 1-4 (B,) of each read of a file."""
     with h5py.File(path) as file:
@@ -87,6 +98,7 @@ def main(data, folder):
     lines = (data / "lambda_genome.fasta").read_text().upper().split("\n")
     split_by_genome(data / "lambda_r941_mapped.hdf5", "".join(lines[1:]), folder)
     copy_without(data / "ecoli_r94_mapped.hdf5", BADLY_LABELLED, folder / "ecoli.hdf5")
+    copy_raw_without(data / "unlabelled_r94.pod5", TESTED, folder / "unlabelled_unseen.pod5")
     held = sequences(data / "kleb_r94_mapped.hdf5")
     for name in ("lambda_first", "lambda_second", "ecoli"):
         same, either = shared_kmers(sequences(folder / f"{name}.hdf5"), held)

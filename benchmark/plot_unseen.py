@@ -1,11 +1,12 @@
-"""Print a Markdown table of what unseen.py found, and draw it.
+"""Print two Markdown tables of what unseen.py found, gains and every seed's, and draw it.
 
     python -m benchmark.plot_unseen NAME
 
 reads benchmark/results/NAME.csv and draws docs/unseen_NAME.png: each arm's gain over training from scratch; and
 docs/unseen_NAME_lines.png: identity against samples seen in pretraining and against labels. Rows with the same labelled
 reads, share of them and steps compare. A gain is the mean over the seeds that both have. Its interval holds 95 % of
-the gains of resampled seeds and test reads (a bootstrap; with three seeds or fewer it is too narrow).
+the gains of resampled seeds and test reads (a bootstrap; with three seeds or fewer it is too narrow). An arm's identity
+is scratch's mean and its gain, since arms may have other seeds.
 """
 
 import importlib
@@ -28,6 +29,7 @@ from common import InputError
 
 SCRATCH = "from scratch"
 RESAMPLED = 4000
+TITLES = {"lambda_first": "lambda, first half", "lambda_second": "lambda", "ecoli": "*E. coli*"}  # others: file names
 
 
 def options_of(command):
@@ -42,11 +44,12 @@ def training_of(row):
 
 
 def commands_of(row):
-    """[(script, options)] before fine-tuning, without --seed and --weights."""
+    """[(script, options)] before fine-tuning, without --seed and --weights; --data by the files' names."""
     commands = row["pretrain_command"].split(" && ") if row["pretrain_command"] else []
     options = [options_of(command) for command in commands]
     for given in options:
         given.pop("seed", None), given.pop("weights", None)
+        given["data"] = " ".join(Path(path).stem for path in given["data"].split())
     return [(command.partition(".py")[0], given) for command, given in zip(commands, options, strict=True)]
 
 
@@ -58,28 +61,27 @@ def arm_names(rows):
             all_options[script].append(options)
 
     def name(script, options):
-        title = f"labels of {Path(options['data']).stem}" if script == "finetune_basecaller" else NAMES[script]
+        title = f"labels of {options['data']}" if script == "finetune_basecaller" else NAMES[script]
         differ = [name for name in options if len({other.get(name) for other in all_options[script]}) > 1]
         return " ".join([title, *(f"--{name} {options[name]}".strip() for name in differ)])
 
     return [", then ".join(name(*command) for command in commands_of(row)) or SCRATCH for row in rows]
 
 
-def tests_of(row):
-    return [name.removeprefix("reads_") for name in row if name.startswith("reads_")]
+def tests_of(seeds):
+    """The names of the tests of rows ({seed: row})."""
+    return [name.removeprefix("reads_") for name in next(iter(seeds.values())) if name.startswith("reads_")]
 
 
 def read_arms(name):
-    """{training: {arm: {seed: row}}}. InputError if there are none, or two of one seed.
+    """{training: {arm: {seed: row}}}, by share of labels. Steps that scratch alone was given are an arm of fewer steps.
 
-    Steps that scratch alone was given are an arm of the training with fewer.
+    InputError if no training has scratch, or two rows are of one seed.
     """
     rows = [*read_rows(name).values()]
-    if not rows:
-        raise InputError(f"benchmark/results/{name}.csv: no results; run benchmark/unseen.py --name {name} first")
     pretrained = {training_of(row) for row in rows if row["pretrain_command"]}
     found = {}
-    for row, arm in zip(rows, arm_names(rows), strict=True):
+    for row, arm in sorted(zip(rows, arm_names(rows), strict=True), key=lambda pair: training_of(pair[0])):
         data, share, steps = training_of(row)
         fewer = [other for other in pretrained if other[:2] == (data, share) and other[2] < steps]
         if fewer and (data, share, steps) not in pretrained:
@@ -87,6 +89,11 @@ def read_arms(name):
         seeds = found.setdefault(f"{data}, {share:g} %, {steps} steps", {}).setdefault(arm, {})
         if seeds.setdefault(int(row["seed"]), row) is not row:
             raise InputError(f"{name}: two rows of {data}, {share:g} %, {arm}, seed {row['seed']}; remove one")
+    found = {training: arms for training, arms in found.items() if SCRATCH in arms}
+    if not found:
+        raise InputError(
+            f"benchmark/results/{name}.csv: no results from scratch; run benchmark/unseen.py --name {name} first"
+        )
     return found
 
 
@@ -95,11 +102,16 @@ def by_read(row, test):
     return np.array([pair.split("x") for pair in row[f"reads_{test}"].split()], float).T
 
 
+def paired(arm, scratch, test):
+    """Gains (seeds, reads) of the seeds that both ({seed: row}) have, those seeds, and the reads' chunks (reads,)."""
+    seeds = sorted(arm.keys() & scratch.keys())
+    gains = np.stack([by_read(arm[seed], test)[0] - by_read(scratch[seed], test)[0] for seed in seeds])
+    return gains, seeds, by_read(arm[seeds[0]], test)[1]
+
+
 def gain(arm, scratch, test):
     """Mean gain over the seeds that both ({seed: row}) have, and the ends of its interval."""
-    seeds = sorted(arm.keys() & scratch.keys())
-    counts = by_read(arm[seeds[0]], test)[1]
-    more = np.stack([by_read(arm[seed], test)[0] - by_read(scratch[seed], test)[0] for seed in seeds])  # (seeds, reads)
+    more, seeds, counts = paired(arm, scratch, test)
     rng = np.random.default_rng(0)
     chosen = rng.integers(len(seeds), size=(RESAMPLED, len(seeds)))
     reads = rng.integers(len(counts), size=(RESAMPLED, len(counts)))
@@ -110,9 +122,11 @@ def gain(arm, scratch, test):
 
 
 def compared(found):
-    """{arm: {seed: row}} of one training: those that have a seed in common with scratch."""
+    """{arm: {seed: row}} of one training: those that have a seed in common with scratch, the largest gain first."""
     scratch = found.get(SCRATCH, {})
-    return {arm: seeds for arm, seeds in found.items() if arm != SCRATCH and seeds.keys() & scratch.keys()}
+    rows = {arm: seeds for arm, seeds in found.items() if arm != SCRATCH and seeds.keys() & scratch.keys()}
+    gains = {arm: np.mean([gain(seeds, scratch, test)[0] for test in tests_of(seeds)]) for arm, seeds in rows.items()}
+    return {arm: rows[arm] for arm in sorted(rows, key=gains.get, reverse=True)}
 
 
 def mean_identity(seeds, test):
@@ -121,17 +135,35 @@ def mean_identity(seeds, test):
 
 def table(arms):
     """The lines of a Markdown table: a row for each arm, and for each test its identity and gain."""
-    tests = tests_of(next(iter(next(iter(next(iter(arms.values())).values())).values())))
-    yield f"| trained on | before | seeds | {' | '.join(f'{test} | gain' for test in tests)} |"
-    yield "|---" * (3 + 2 * len(tests)) + "|"
+    tests = tests_of(next(iter(arms.values()))[SCRATCH])
+    titles = [TITLES.get(test, test) for test in tests]
+    yield f"| trained on | before fine-tuning | seeds | {' | '.join(f'{title} | gain' for title in titles)} |"
+    yield "|---" * (3 + 2 * len(titles)) + "|"
     for training, found in arms.items():
-        for arm, seeds in found.items():
+        scratch = found[SCRATCH]
+        base = [mean_identity(scratch, test) for test in tests]
+        yield f"| {training} | {SCRATCH} | {len(scratch)} | {' | '.join(f'{mean:.2f} | ' for mean in base)} |"
+        for arm, seeds in compared(found).items():
+            gains = [gain(seeds, scratch, test) for test in tests]
+            cells = [
+                f"{mean + more:.2f} | {more:+.2f} ({low:+.2f} to {high:+.2f})"
+                for mean, (more, low, high) in zip(base, gains, strict=True)
+            ]
+            yield f"| | {arm} | {len(seeds.keys() & scratch.keys())} | {' | '.join(cells)} |"
+
+
+def table_of_seeds(arms):
+    """The lines of a Markdown table: a row for each arm, and for each test its gain with each seed."""
+    tests = tests_of(next(iter(arms.values()))[SCRATCH])
+    yield f"| trained on | before fine-tuning | {' | '.join(TITLES.get(test, test) for test in tests)} |"
+    yield "|---" * (2 + len(tests)) + "|"
+    for training, found in arms.items():
+        for arm, seeds in compared(found).items():
             cells = []
             for test in tests:
-                cells.append(f"{mean_identity(seeds, test):.2f}")
-                known = arm in compared(found)
-                cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(seeds, found[SCRATCH], test)) if known else "")
-            yield f"| {training} | {arm} | {len(seeds)} | {' | '.join(cells)} |"
+                more, _, counts = paired(seeds, found[SCRATCH], test)
+                cells.append(", ".join(f"{of:+.1f}" for of in (more * counts).sum(1) / counts.sum()))
+            yield f"| {training} | {arm} | {' | '.join(cells)} |"
 
 
 def plot(arms, out):
@@ -146,10 +178,10 @@ def plot(arms, out):
     )  # fmt: skip
     for axis, (training, rows) in zip(axes[:, 0], shown.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
-        for number, test in enumerate(tests_of(next(iter(next(iter(rows.values())).values())))):
+        for number, test in enumerate(tests_of(arms[training][SCRATCH])):
             for place, seeds in enumerate(rows.values()):
                 mean, low, high = gain(seeds, arms[training][SCRATCH], test)
-                look = {"color": COLOURS[number], "label": test if place == 0 else None}
+                look = {"color": COLOURS[number], "label": TITLES.get(test, test).strip("*") if place == 0 else None}
                 axis.errorbar(
                     mean, place + 0.25 * number, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, **look
                 )
@@ -180,35 +212,43 @@ def plot_lines(arms, out):
 
     An arm's identity is scratch's mean and its gain, so that arms with other seeds compare.
     """
-    tests = tests_of(next(iter(next(iter(next(iter(arms.values())).values())).values())))
+    tests = tests_of(next(iter(arms.values()))[SCRATCH])
+    data_of = defaultdict(dict, scratch={"": "-"})  # {script: {what it was pretrained on: line}}
+    for row in (next(iter(seeds.values())) for found in arms.values() for seeds in found.values()):
+        for script, options in commands_of(row):
+            data_of[script].setdefault(options["data"], ("-", "--", ":")[min(len(data_of[script]), 2)])
+
+    def draw(axis, script, data, places):
+        colour, _, marker = LOOKS[script]
+        label = f"{NAMES[script]}, {data}" if len(data_of[script]) > 1 else NAMES[script]
+        axis.plot(*zip(*sorted(places), strict=True), f"{marker}{data_of[script][data]}", color=colour, label=label)
+
     figure, axes = plt.subplots(2, len(tests), figsize=(8, 6.5), sharey="row", squeeze=False, layout="constrained")
     for (above, below), test in zip(axes.T, tests, strict=True):
         by_labels = defaultdict(list)
         for training, found in arms.items():
-            if SCRATCH not in found:
-                continue
             base, points = mean_identity(found[SCRATCH], test), defaultdict(list)
             share = training_of(next(iter(found[SCRATCH].values())))[1]
-            by_labels["scratch"].append((share, base))
+            by_labels["scratch", ""].append((share, base))
             for seeds in compared(found).values():
                 row = next(iter(seeds.values()))
-                if len(commands_of(row)) == 1 and (script := commands_of(row)[0][0]) in LOOKS:
-                    points[script].append((samples_of(row), base + gain(seeds, found[SCRATCH], test)[0]))
-            for script, places in points.items():
-                colour, _, marker = LOOKS[script]
-                places = sorted(places)
-                above.plot(*zip((0, base), *places, strict=True), f"{marker}-", color=colour, label=NAMES[script])
-                by_labels[script].append((share, places[-1][1]))
+                if len(commands_of(row)) == 1 and commands_of(row)[0][0] in LOOKS:
+                    ((script, options),) = commands_of(row)
+                    points[script, options["data"]].append(
+                        (samples_of(row), base + gain(seeds, found[SCRATCH], test)[0])
+                    )
+            for of, places in points.items():
+                draw(above, *of, [(0, base), *places])
+                by_labels[of].append((share, max(places)[1]))
             above.annotate(training, (0, base), fontsize=8, xytext=(4, -12), textcoords="offset points")
-        for script, places in by_labels.items():
-            colour, line, marker = LOOKS[script]
-            below.plot(*zip(*sorted(places), strict=True), f"{marker}{line}", color=colour, label=NAMES[script])
-        above.set_title(test)
+        for of, places in by_labels.items():
+            draw(below, *of, places)
+        above.set_title(TITLES.get(test, test).strip("*"))
         above.margins(y=0.12)
         above.set_xlabel("samples seen in pretraining (millions)")
         below.set_xlabel("labelled reads (%)")
         below.set_xscale("log")
-        shares = sorted({share for share, _ in by_labels["scratch"]})
+        shares = sorted({share for share, _ in by_labels["scratch", ""]})
         below.set_xticks(shares, [f"{share:g}" for share in shares])
         below.minorticks_off()
         for axis in (above, below):
@@ -226,7 +266,7 @@ def main(words):
         sys.exit(__doc__)
     try:
         arms = read_arms(words[0])
-        print("\n".join(table(arms)))
+        print("\n".join([*table(arms), "", *table_of_seeds(arms)]))
         plot(arms, ROOT / "docs" / f"unseen_{words[0]}.png")
         plot_lines(arms, ROOT / "docs" / f"unseen_{words[0]}_lines.png")
     except InputError as error:

@@ -118,8 +118,11 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_seeds_and_reads(
     mean, low, high = plot_unseen.gain(found["masked events"], found["from scratch"], "x")
     assert mean == pytest.approx(2)
     assert (high - low) / 2 == pytest.approx(1.96 / 8**0.5, rel=0.15)  # the bootstrap's values are multiples of 1/4
-    *_, last = plot_unseen.table(arms)
-    assert last.startswith("| kleb, 10 %, 9 steps | masked events | 8 | 72.00 | +2.00 (+1.")
+    *_, scratch, last = plot_unseen.table(arms)
+    assert scratch == "| kleb, 10 %, 9 steps | from scratch | 8 | 70.00 |  |"
+    assert last.startswith("| | masked events | 8 | 72.00 | +2.00 (+1.")
+    *_, last = plot_unseen.table_of_seeds(arms)
+    assert last == f"| kleb, 10 %, 9 steps | masked events | {', '.join(['+3.0, +1.0'] * 4)} |"
     plot_unseen.plot(arms, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").read_bytes()[:4] == b"\x89PNG"
     del found["from scratch"]
@@ -164,12 +167,14 @@ def test_an_arm_is_all_commands_before_fine_tuning_and_the_options_in_which_they
 
 
 def test_more_steps_from_scratch_are_an_arm_beside_those_that_are_pretrained(monkeypatch):
-    rows = [row_of("", 9), row_of("", 30, identity=71.5), row_of("masked.py --epochs 2", 9, identity=72.0)]
+    rows = [row_of("", 9), row_of("", 30, identity=71.5), row_of("masked.py --data a b --epochs 2", 9, identity=72.0)]
     monkeypatch.setattr(plot_unseen, "read_rows", lambda name: dict(enumerate(rows)))
     arms = plot_unseen.read_arms("some")
-    assert {training: list(found) for training, found in arms.items()} == {
-        "kleb, 100 %, 9 steps": ["from scratch", "from scratch, 30 steps", "masked events"]
+    assert {training: set(found) for training, found in arms.items()} == {
+        "kleb, 100 %, 9 steps": {"from scratch", "from scratch, 30 steps", "masked events"}
     }
+    best, other = plot_unseen.compared(arms["kleb, 100 %, 9 steps"])
+    assert (best, other) == ("masked events", "from scratch, 30 steps")
     found = arms["kleb, 100 %, 9 steps"]
     assert plot_unseen.gain(found["from scratch, 30 steps"], found["from scratch"], "x")[0] == pytest.approx(1.5)
 
@@ -177,8 +182,8 @@ def test_more_steps_from_scratch_are_an_arm_beside_those_that_are_pretrained(mon
 def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
     """Of arms with other seeds, too: their identities do not compare, their gains do."""
     rows = [row_of("", 9, 0, 70.0), row_of("", 9, 1, 60.0)]
-    rows += [row_of("masked.py --chunk-len 1200 --epochs 2", 9, 1, 62.0, 100)]
-    rows += [row_of("masked.py --batch-size 128 --epochs 5", 9, 1, 63.0, 250)]
+    rows += [row_of("masked.py --data a b --chunk-len 1200 --epochs 2", 9, 1, 62.0, 100)]
+    rows += [row_of("masked.py --data a b --batch-size 128 --epochs 5", 9, 1, 63.0, 250)]
     monkeypatch.setattr(plot_unseen, "read_rows", lambda name: dict(enumerate(rows)))
     drawn = {}
     monkeypatch.setattr(plot_unseen.plt, "close", lambda figure: drawn.update(axes=figure.axes))

@@ -91,7 +91,7 @@ class Args:
     lr: PositiveFloat | None = None
     """highest learning rate, after the warm-up; by size if not given"""
     pore_model_lr: PositiveFloat | None = None
-    """another one for the pore model, --lr then being the head's; try a third of --lr with pretrained weights"""
+    """another one for the pore model, --lr then being the head's; a quarter of --lr after simulated labels"""
     warmup_steps: NonNegativeInt | None = None
     """steps over which the learning rate rises from 0, to fall as a cosine; 200 or a tenth of all if not given"""
     freeze_steps: NonNegativeInt = 0
@@ -256,9 +256,7 @@ def validate(model, chunks, batch_size, device, precision):
 @torch.no_grad()
 def draw_calls(model, chunks, device, precision):
     """A picture of the first of `chunks`: its current, its bases and those called, at their places."""
-    from common.reads.pictures import (
-        draw_read,  # here, since matplotlib takes long to import, and basecall.py needs none
-    )
+    from common.reads.pictures import draw_read  # matplotlib takes long to import, and basecall.py needs none
 
     model.eval()
     signal = next(chunks.tiles(1)).signal

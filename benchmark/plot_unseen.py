@@ -61,7 +61,7 @@ def arm_names(rows):
             all_options[script].append(options)
 
     def name(script, options):
-        title = f"labels of {options['data']}" if script == "finetune_basecaller" else NAMES[script]
+        title = f"labels of {options['data']} reads" if script == "finetune_basecaller" else NAMES[script]
         differ = [name for name in options if len({other.get(name) for other in all_options[script]}) > 1]
         return " ".join([title, *(f"--{name} {options[name]}".strip() for name in differ)])
 
@@ -133,6 +133,10 @@ def mean_identity(seeds, test):
     return np.mean([float(row[f"identity_{test}"]) for row in seeds.values()])
 
 
+def signed(gain, digits=2):
+    return f"{gain:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def table(arms):
     """The lines of a Markdown table: a row for each arm, and for each test its identity and gain."""
     tests = tests_of(next(iter(arms.values()))[SCRATCH])
@@ -146,7 +150,7 @@ def table(arms):
         for arm, seeds in compared(found).items():
             gains = [gain(seeds, scratch, test) for test in tests]
             cells = [
-                f"{mean + more:.2f} | {more:+.2f} ({low:+.2f} to {high:+.2f})"
+                f"{mean + more:.2f} | {signed(more)} ({signed(low)} to {signed(high)})"
                 for mean, (more, low, high) in zip(base, gains, strict=True)
             ]
             yield f"| | {arm} | {len(seeds.keys() & scratch.keys())} | {' | '.join(cells)} |"
@@ -162,7 +166,7 @@ def table_of_seeds(arms):
             cells = []
             for test in tests:
                 more, _, counts = paired(seeds, found[SCRATCH], test)
-                cells.append(", ".join(f"{of:+.1f}" for of in (more * counts).sum(1) / counts.sum()))
+                cells.append(", ".join(signed(of, 1) for of in (more * counts).sum(1) / counts.sum()))
             yield f"| {training} | {arm} | {' | '.join(cells)} |"
 
 

@@ -6,10 +6,13 @@
 
 Each command starts from the weights of the one before, and gets --seed unless it has one. One row a seed in
 benchmark/results/NAME.csv: the commands, and for each test file the mean identity of all its chunks, by the last
-weights, and each read's, with its number of chunks. No row is made twice, and no run: start it again, or twice on one
+weights, and each read's, with its number of chunks. How many of a test's 21-mers the labelled reads of the last command
+hold, on either strand, is printed first. No row is made twice, and no run: start it again, or twice on one
 machine, with commands that share their beginning. `python -m benchmark.plot_unseen NAME` compares the rows.
 """
 
+import itertools
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from common.args import parse_args
 from common.chunks import Chunks, open_data
 from common.device import pick_device
 from common.pore_model import load_tensors
+from common.reads.kmers import K, shared_kmers
 from finetune_basecaller import Basecaller, identities_of
 
 
@@ -54,8 +58,19 @@ def identities_by_read(weights, data, chunk_len=CHUNK, splits=("training", "vali
     return found
 
 
+def sequences_of(data):
+    """The bases 1-4 (B,) of all labelled reads of the files `data`."""
+    stores = open_data(data)
+    splits = [Chunks(stores, CHUNK, split, labelled=True) for split in ("training", "validation")]
+    return [bases for chunks in splits for bases in chunks.sequences()]
+
+
 def main(args):
     """The exit code: 0, or the jobs that failed, which sys.exit prints."""
+    words = shlex.split(args.commands[-1].partition(" --data ")[2])
+    trained_on = sequences_of([*map(Path, itertools.takewhile(lambda word: not word.startswith("--"), words))])
+    for test in args.tests:
+        print(f"{test}: training reads hold {shared_kmers(sequences_of([test]), trained_on)[1]:.2%} of the {K}-mers")
     failed = []
     for seed in args.seeds:
         *before, last = commands = [

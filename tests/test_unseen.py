@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmark import plot_unseen, unseen, unseen_reads
+from benchmark.evidence import RESULTS, ROOT
 from common import InputError
 from common.chunks import Chunks, open_data
 from common.pore_model import PoreModel
@@ -87,17 +88,20 @@ def places_of(chunks):
     return zip(chunks.read_of, chunks.tile_of * chunks.chunk_len, strict=True)
 
 
-def test_a_row_has_the_commands_and_the_identity_of_each_test(few, tmp_path, monkeypatch):
+def test_a_row_has_the_commands_and_the_identity_of_each_test(few, monkeypatch, capsys):
     ran, rows = [], []
     monkeypatch.setattr(unseen, "do", lambda commands: ran.append(commands) or {"loss": 1.0})
     monkeypatch.setattr(unseen, "append_row", rows.append)
     monkeypatch.setattr(unseen, "read_rows", lambda name: {unseen.key(row): row for row in rows})
     monkeypatch.setattr(unseen, "identities_by_read", lambda weights, data: {"a": [60.0, 70.0], "b": [80.0]})
-    args = unseen.Args(("masked.py --a --seed 7", "finetune_basecaller.py --b"), (few,), "try", (0, 1))
+    args = unseen.Args(("masked.py --a --seed 7", f"finetune_basecaller.py --data {few} --b"), (few,), "try", (0, 1))
     assert unseen.main(args) == 0 and unseen.main(args) == 0
-    assert ran == [["masked.py --a --seed 7", f"finetune_basecaller.py --b --seed {seed}"] for seed in (0, 1)]
+    assert ran == [
+        ["masked.py --a --seed 7", f"finetune_basecaller.py --data {few} --b --seed {seed}"] for seed in (0, 1)
+    ]
     assert [(row["seed"], row["identity_store"], row["loss"]) for row in rows] == [(0, 70.0, 1.0), (1, 70.0, 1.0)]
     assert rows[0]["reads_store"] == "65.00x2 80.00x1"
+    assert f"{few}: training reads hold 100.00% of the 21-mers" in capsys.readouterr().out
 
 
 def test_gains_are_paired_by_seed_and_their_interval_is_that_of_seeds_and_reads(tmp_path, monkeypatch):
@@ -158,7 +162,7 @@ def test_an_arm_is_all_commands_before_fine_tuning_and_the_options_in_which_they
     assert plot_unseen.arm_names(rows) == [
         "masked events --epochs 2",
         "masked events --epochs 5",
-        "masked events --epochs 5, then labels of sim",
+        "masked events --epochs 5, then labels of sim reads",
         "masked events --epochs 2 --gap 3",
         "Barlow Twins",
         "Barlow Twins",
@@ -191,6 +195,13 @@ def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
     above, below = drawn["axes"]
     assert [line.get_xydata().tolist() for line in above.lines] == [[[0, 65], [100 * 0.0768, 67], [250 * 0.4608, 68]]]
     assert [line.get_xydata().tolist() for line in below.lines] == [[[100, 65]], [[100, 68]]]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RESULTS.glob("*.csv") if "reads_" in path.open().readline()])
+def test_the_tables_of_the_docs_are_those_of_the_rows(name):
+    arms = plot_unseen.read_arms(name)
+    for page, lines in (("results.md", plot_unseen.table), ("results/unseen.md", plot_unseen.table_of_seeds)):
+        assert "\n".join(lines(arms)) in (ROOT / "docs" / page).read_text()
 
 
 def test_two_rows_of_one_seed_are_refused(monkeypatch):

@@ -54,7 +54,7 @@ def commands_of(row):
 
 
 def arm_names(rows):
-    """The arm of each row: the scripts before fine-tuning, with those options in which commands of a script differ."""
+    """The arm of each row: the scripts before fine-tuning, with what differs in the options of a script."""
     all_options = defaultdict(list)
     for row in rows:
         for script, options in commands_of(row):
@@ -62,8 +62,12 @@ def arm_names(rows):
 
     def name(script, options):
         title = f"labels of {options['data']} reads" if script == "finetune_basecaller" else NAMES[script]
-        differ = [name for name in options if len({other.get(name) for other in all_options[script]}) > 1]
-        return " ".join([title, *(f"--{name} {options[name]}".strip() for name in differ)])
+        for name, words in options.items():
+            others = [other.get(name) for other in all_options[script]]
+            if len({*others}) > 1:
+                differ = [word for word in words.split() if any(word not in (of or "").split() for of in others)]
+                title = " ".join([title, f"--{name}", *differ])
+        return title
 
     return [", then ".join(name(*command) for command in commands_of(row)) or SCRATCH for row in rows]
 
@@ -224,7 +228,8 @@ def plot_lines(arms, out):
 
     def draw(axis, script, data, places):
         colour, _, marker = LOOKS[script]
-        label = f"{NAMES[script]}, {data}" if len(data_of[script]) > 1 else NAMES[script]
+        differ = [word for word in data.split() if any(word not in other.split() for other in data_of[script])]
+        label = ", ".join([NAMES[script], *differ])
         axis.plot(*zip(*sorted(places), strict=True), f"{marker}{data_of[script][data]}", color=colour, label=label)
 
     figure, axes = plt.subplots(2, len(tests), figsize=(8, 6.5), sharey="row", squeeze=False, layout="constrained")
@@ -260,7 +265,7 @@ def plot_lines(arms, out):
     for row in axes:
         row[0].set_ylabel("mean identity (%)")
     handles = dict(zip(*axes[1, 0].get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -197,7 +197,7 @@ def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
     assert [line.get_xydata().tolist() for line in below.lines] == [[[100, 65]], [[100, 68]]]
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RESULTS.glob("*.csv") if "reads_" in path.open().readline()])
+@pytest.mark.parametrize("name", ["ecoli-locus", *(path.stem for path in RESULTS.glob("klebsiella*.csv"))])
 def test_the_tables_of_the_docs_are_those_of_the_rows(name):
     arms = plot_unseen.read_arms(name)
     for page, lines in (("results.md", plot_unseen.table), ("results/unseen.md", plot_unseen.table_of_seeds)):

@@ -60,16 +60,16 @@ def arm_names(rows):
         for script, options in commands_of(row):
             all_options[script].append(options)
 
-    def name(script, options):
+    def title_of(script, options):
         title = f"labels of {options['data']} reads" if script == "finetune_basecaller" else NAMES[script]
-        for name, words in options.items():
-            others = [other.get(name) for other in all_options[script]]
+        for option, words in options.items():
+            others = [other.get(option) for other in all_options[script]]
             if len({*others}) > 1:
                 differ = [word for word in words.split() if any(word not in (of or "").split() for of in others)]
-                title = " ".join([title, f"--{name}", *differ])
+                title = " ".join([title, f"--{option}", *differ])
         return title
 
-    return [", then ".join(name(*command) for command in commands_of(row)) or SCRATCH for row in rows]
+    return [", then ".join(title_of(*command) for command in commands_of(row)) or SCRATCH for row in rows]
 
 
 def tests_of(seeds):

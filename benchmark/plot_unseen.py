@@ -107,17 +107,17 @@ def by_read(row, test):
 
 
 def paired(arm, scratch, test):
-    """Gains (seeds, reads) of the seeds that both ({seed: row}) have, those seeds, and the reads' chunks (reads,)."""
+    """Gains (seeds, reads) of the seeds that both ({seed: row}) have, and the reads' chunks (reads,)."""
     seeds = sorted(arm.keys() & scratch.keys())
     gains = np.stack([by_read(arm[seed], test)[0] - by_read(scratch[seed], test)[0] for seed in seeds])
-    return gains, seeds, by_read(arm[seeds[0]], test)[1]
+    return gains, by_read(arm[seeds[0]], test)[1]
 
 
 def gain(arm, scratch, test):
     """Mean gain over the seeds that both ({seed: row}) have, and the ends of its interval."""
-    more, seeds, counts = paired(arm, scratch, test)
+    more, counts = paired(arm, scratch, test)
     rng = np.random.default_rng(0)
-    chosen = rng.integers(len(seeds), size=(RESAMPLED, len(seeds)))
+    chosen = rng.integers(len(more), size=(RESAMPLED, len(more)))
     reads = rng.integers(len(counts), size=(RESAMPLED, len(counts)))
     drawn = more[chosen[:, :, None], reads[:, None]].mean(1)  # (RESAMPLED, reads)
     weights = counts[reads]
@@ -127,7 +127,7 @@ def gain(arm, scratch, test):
 
 def compared(found):
     """{arm: {seed: row}} of one training: those that have a seed in common with scratch, the largest gain first."""
-    scratch = found.get(SCRATCH, {})
+    scratch = found[SCRATCH]
     rows = {arm: seeds for arm, seeds in found.items() if arm != SCRATCH and seeds.keys() & scratch.keys()}
     gains = {arm: np.mean([gain(seeds, scratch, test)[0] for test in tests_of(seeds)]) for arm, seeds in rows.items()}
     return {arm: rows[arm] for arm in sorted(rows, key=gains.get, reverse=True)}
@@ -169,7 +169,7 @@ def table_of_seeds(arms):
         for arm, seeds in compared(found).items():
             cells = []
             for test in tests:
-                more, _, counts = paired(seeds, found[SCRATCH], test)
+                more, counts = paired(seeds, found[SCRATCH], test)
                 cells.append(", ".join(signed(of, 1) for of in (more * counts).sum(1) / counts.sum()))
             yield f"| {training} | {arm} | {' | '.join(cells)} |"
 

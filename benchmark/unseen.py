@@ -11,7 +11,6 @@ hold, on either strand, is printed first. No row is made twice, and no run: star
 machine, with commands that share their beginning. `python -m benchmark.plot_unseen NAME` compares the rows.
 """
 
-import itertools
 import shlex
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from filelock import Timeout
 
 from benchmark.evidence import CHUNK, RUNS, append_row, do, folder_of, key, read_rows
+from benchmark.plot_unseen import options_of
 from common import InputError
 from common.args import parse_args
 from common.chunks import Chunks, open_data
@@ -67,8 +67,7 @@ def sequences_of(data):
 
 def main(args):
     """The exit code: 0, or the jobs that failed, which sys.exit prints."""
-    words = shlex.split(args.commands[-1].partition(" --data ")[2])
-    trained_on = sequences_of([*map(Path, itertools.takewhile(lambda word: not word.startswith("--"), words))])
+    trained_on = sequences_of([*map(Path, shlex.split(options_of(args.commands[-1]).get("data", "")))])
     for test in args.tests:
         print(f"{test}: training reads hold {shared_kmers(sequences_of([test]), trained_on)[1]:.2%} of the {K}-mers")
     failed = []

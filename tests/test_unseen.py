@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmark import plot_unseen, unseen, unseen_reads
-from benchmark.evidence import RESULTS, ROOT
+from benchmark.evidence import METHODS, RESULTS, ROOT
+from benchmark.plot_evidence import NAMES
 from common import InputError
 from common.chunks import Chunks, open_data
 from common.pore_model import PoreModel
@@ -129,7 +130,7 @@ def test_gains_are_paired_by_seed_and_their_interval_is_that_of_seeds_and_reads(
     assert last == f"| kleb, 10 %, 9 steps | masked events | {', '.join(['+3.0, +1.0'] * 4)} |"
     plot_unseen.plot(arms, tmp_path / "gains.png")
     assert (tmp_path / "gains.png").read_bytes()[:4] == b"\x89PNG"
-    del found["from scratch"]
+    del found["masked events"]
     with pytest.raises(InputError, match="no gains"):
         plot_unseen.plot(arms, tmp_path / "none.png")
 
@@ -202,6 +203,15 @@ def test_the_tables_of_the_docs_are_those_of_the_rows(name):
     arms = plot_unseen.read_arms(name)
     for page, lines in (("results.md", plot_unseen.table), ("results/unseen.md", plot_unseen.table_of_seeds)):
         assert "\n".join(lines(arms)) in (ROOT / "docs" / page).read_text()
+
+
+def test_the_gains_on_the_methods_pages_are_those_of_the_rows():
+    arms = plot_unseen.read_arms("klebsiella")["kleb_r94_mapped, 3 %, 400 steps"]
+    for method in set(METHODS) - {"masked"}:
+        page = (ROOT / "docs" / f"{method}.md").read_text().replace("\n", " ")
+        for test in ("lambda_second", "ecoli"):
+            found = plot_unseen.gain(arms[NAMES[method]], arms["from scratch"], test)
+            assert "{} ({} to {})".format(*map(plot_unseen.signed, found)) in page
 
 
 def test_two_rows_of_one_seed_are_refused(monkeypatch):

@@ -1,9 +1,11 @@
 """benchmark/unseen.py and unseen_reads.py: reads cut at the middle of their genome, and the identity of all chunks."""
 
+import uuid
 from collections import Counter
 
 import h5py
 import numpy as np
+import pod5
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from common.chunks import Chunks, open_data
 from common.pore_model import PoreModel
 from common.reads.simulate import simulate_read
 from finetune_basecaller import Basecaller, validate
+from tests.test_formats import write_pod5
 
 COMPLEMENT = np.array([3, 2, 1, 0])
 
@@ -56,6 +59,17 @@ def test_reads_are_cut_at_the_middle_of_the_genome(tmp_path):
         for read in (name, f"{name}, reverse"):
             assert found.get(("first", read)) == ((first, min(end, 1000)) if name in ("left", "across") else None)
             assert found.get(("second", read)) == ((max(first, 1000), end) if name != "left" else None)
+
+
+def test_raw_reads_are_copied_as_they_are_without_those_that_are_named(tmp_path):
+    reads = {str(uuid.UUID(int=number << 96)): np.arange(number, number + 50, dtype=np.int16) for number in (1, 2, 3)}
+    write_pod5(tmp_path / "all.pod5", reads)
+    unseen_reads.copy_raw_without(tmp_path / "all.pod5", ("00000002",), tmp_path / "some.pod5")
+    with pod5.Reader(tmp_path / "some.pod5") as reader:
+        assert {str(read.read_id)[:8]: read.signal.tolist() for read in reader.reads()} == {
+            "00000001": [*range(1, 51)],
+            "00000003": [*range(3, 53)],
+        }
 
 
 def test_a_read_of_another_genome_is_said():

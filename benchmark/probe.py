@@ -38,6 +38,8 @@ class Args:
     """labelled chunks; as many are tested on, if there are so many"""
     chunk_len: ChunkLength = 1200
     """samples per chunk"""
+    by_layer: bool = False
+    """a row after each layer of the transformer; after 0 it is the encoder alone"""
 
 
 def bases_of_frames(chunks, read, start):
@@ -118,6 +120,11 @@ def main(args):
             print_row(f"random weights, {shape[0]} channels", probe(random, args, training, test))
             random.layers = torch.nn.ModuleList()
             print_row("random weights, the encoder alone", probe(random, args, training, test))
+        layers = model.layers
+        for count in range(len(layers)) if args.by_layer else ():
+            model.layers = layers[:count]
+            print_row(f"{name}, after layer {count}", probe(model, args, training, test))
+        model.layers = layers
         print_row(name, probe(model, args, training, test))
 
 

@@ -50,6 +50,22 @@ def test_the_table_has_a_row_a_file_and_one_of_random_weights(few, tmp_path, cap
     assert len(shares) == 24 and np.all(np.array(shares) > 15) and np.all(np.array(shares) < 90)
 
 
+def test_the_row_of_a_layer_is_that_of_a_model_without_those_above_it(few, tmp_path, capsys):
+    model = PoreModel.of_size("tiny")
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    model.layers = model.layers[:1]
+    torch.save(model.state_dict(), tmp_path / "cut.pt")
+    args = probe.Args((tmp_path / "whole.pt", tmp_path / "cut.pt"), (few,), few=4, many=12, chunk_len=400)
+    args.by_layer = True
+    probe.main(args)
+    rows = [line.rsplit("/whole.pt")[-1] for line in capsys.readouterr().out.splitlines() if "e.pt" in line]
+    assert [row.split(" | ")[0] for row in rows] == [", after layer 0", ", after layer 1", ", after layer 2", ""]
+    args.by_layer, args.weights = False, (tmp_path / "cut.pt",)
+    probe.main(args)
+    cut = capsys.readouterr().out.splitlines()[-1]
+    assert cut.split(" | ")[1:] == rows[1].split(" | ")[1:] != rows[3].split(" | ")[1:]
+
+
 def test_without_validation_reads_there_is_nothing_to_test_on(one_read, tmp_path):
     with pytest.raises(InputError, match="--data: no labelled validation read to test on; give more reads"):
         probe.main(probe.Args((tmp_path / "a.pt",), (one_read,), chunk_len=400))

@@ -91,7 +91,7 @@ class Args:
     lr: PositiveFloat | None = None
     """highest learning rate, after the warm-up; by size if not given"""
     pore_model_lr: PositiveFloat | None = None
-    """another one for the pore model, --lr then being the head's; a quarter of --lr after simulated labels"""
+    """another one for the pore model, --lr then being the head's"""
     warmup_steps: NonNegativeInt | None = None
     """steps over which the learning rate rises from 0, to fall as a cosine; 200 or a tenth of all if not given"""
     freeze_steps: NonNegativeInt = 0

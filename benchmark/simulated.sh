@@ -13,4 +13,4 @@ mkdir -p "$run"
 $python -m common.reads.simulate "$run/reads.hdf5" --reads 1000 --seed 1
 $python finetune_basecaller.py --data "$run/reads.hdf5" --size tiny --steps 1419 --lr 4e-3 --run-dir "$run/simulated"
 $python finetune_basecaller.py --data "$data" --label-fraction 0.1 --size tiny --steps 400 --lr 8e-3 \
-    --pore-model-lr 2e-3 --weights "$run/simulated/basecaller_last.pt" --run-dir "$run/finetuned"
+    --weights "$run/simulated/basecaller_last.pt" --run-dir "$run/finetuned"

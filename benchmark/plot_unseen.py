@@ -1,8 +1,9 @@
-"""Print two Markdown tables of what unseen.py found, gains and every seed's, and draw it.
+"""Print what unseen.py found as Markdown tables, and draw it.
 
     python -m benchmark.plot_unseen NAME
 
-reads benchmark/results/NAME.csv and draws docs/unseen_NAME.png: each arm's gain over training from scratch; and
+reads benchmark/results/NAME.csv and prints gains over training from scratch, every seed's, and what arms of several
+commands gain over those of one of them. It draws docs/unseen_NAME.png: each arm's gain over training from scratch; and
 docs/unseen_NAME_lines.png: identity against samples seen in pretraining and against labels. Rows with the same labelled
 reads, share of them and steps compare. A gain is the mean over the seeds that both have. Its interval holds 95 % of
 the gains of resampled seeds and test reads (a bootstrap; with three seeds or fewer it is too narrow). An arm's identity
@@ -28,6 +29,7 @@ from benchmark.plot_runs import COLOURS
 from common import InputError
 
 SCRATCH = "from scratch"
+THEN = ", then "  # between the commands of an arm
 RESAMPLED = 4000
 TITLES = {"lambda_first": "lambda, first half", "lambda_second": "lambda", "ecoli": "*E. coli*"}  # others: file names
 
@@ -69,7 +71,7 @@ def arm_names(rows):
                 title = " ".join([title, f"--{option}", *differ])
         return title
 
-    return [", then ".join(title_of(*command) for command in commands_of(row)) or SCRATCH for row in rows]
+    return [THEN.join(title_of(*command) for command in commands_of(row)) or SCRATCH for row in rows]
 
 
 def tests_of(seeds):
@@ -174,6 +176,25 @@ def table_of_seeds(arms):
             yield f"| {training} | {arm} | {' | '.join(cells)} |"
 
 
+def table_of_parts(arms):
+    """The lines of a Markdown table: what each arm of several commands gains over those of one of them; or none."""
+    lines = []
+    for training, found in arms.items():
+        tests = tests_of(found[SCRATCH])
+        for arm in compared(found):
+            for part in arm.split(THEN) if THEN in arm else ():
+                common = found[arm].keys() & found.get(part, {}).keys()
+                if common:
+                    gains = [gain(found[arm], found[part], test) for test in tests]
+                    cells = [f"{signed(more)} ({signed(low)} to {signed(high)})" for more, low, high in gains]
+                    lines.append(f"| {training} | {arm} | {part} | {len(common)} | {' | '.join(cells)} |")
+    if lines:
+        titles = [TITLES.get(test, test) for test in tests]
+        yield f"| trained on | before fine-tuning | gain over | seeds | {' | '.join(titles)} |"
+        yield "|---" * (4 + len(titles)) + "|"
+        yield from lines
+
+
 def plot(arms, out):
     """Draws the gains as dots with their intervals, one row an arm, to the file `out`. InputError if there are none."""
     shown = {training: rows for training, found in arms.items() if (rows := compared(found))}
@@ -194,8 +215,8 @@ def plot(arms, out):
                     mean, place + 0.25 * number, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, **look
                 )
         labels = [f"{arm} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" for arm, seeds in rows.items()]
-        labels = [textwrap.fill(label, 36) for label in labels]
-        axis.set_yticks(np.arange(len(rows)) + 0.1, labels)
+        labels = [textwrap.fill(label, 48, break_on_hyphens=False) for label in labels]
+        axis.set_yticks(np.arange(len(rows)) + 0.1, labels, fontsize=8)
         axis.set_ylim(len(rows) - 0.3, -0.5)
         axis.set_title(training, loc="left", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
@@ -275,7 +296,7 @@ def main(words):
         sys.exit(__doc__)
     try:
         arms = read_arms(words[0])
-        print("\n".join([*table(arms), "", *table_of_seeds(arms)]))
+        print("\n".join([*table(arms), "", *table_of_seeds(arms), "", *table_of_parts(arms)]))
         plot(arms, ROOT / "docs" / f"unseen_{words[0]}.png")
         plot_lines(arms, ROOT / "docs" / f"unseen_{words[0]}_lines.png")
     except InputError as error:

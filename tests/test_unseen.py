@@ -198,6 +198,21 @@ def test_more_steps_from_scratch_are_an_arm_beside_those_that_are_pretrained(mon
     assert plot_unseen.gain(found["from scratch, 30 steps"], found["from scratch"], "x")[0] == pytest.approx(1.5)
 
 
+def test_two_commands_are_compared_with_each_of_them_as_well(monkeypatch):
+    masked, labels = "masked.py --data a b", "finetune_basecaller.py --data d/sim.hdf5"
+    rows = [row_of("", 9, seed, 60.0) for seed in (0, 1)] + [row_of(masked, 9, 0, 61.0), row_of(labels, 9, 1, 64.0)]
+    rows += [row_of(f"{masked} && {labels}", 9, seed, 66.0 + seed) for seed in (0, 1)]
+    monkeypatch.setattr(plot_unseen, "read_rows", lambda name: dict(enumerate(rows)))
+    arms = plot_unseen.read_arms("some")
+    whole = "| kleb, 100 %, 9 steps | masked events, then labels of sim reads |"
+    assert list(plot_unseen.table_of_parts(arms))[2:] == [
+        f"{whole} masked events | 1 | +5.00 (+5.00 to +5.00) |",
+        f"{whole} labels of sim reads | 1 | +3.00 (+3.00 to +3.00) |",
+    ]
+    del arms["kleb, 100 %, 9 steps"]["masked events, then labels of sim reads"]
+    assert not list(plot_unseen.table_of_parts(arms))
+
+
 def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
     """Of arms with other seeds, too: their identities do not compare, their gains do."""
     rows = [row_of("", 9, 0, 70.0), row_of("", 9, 1, 60.0)]
@@ -215,7 +230,8 @@ def test_lines_go_through_scratch_and_the_gains_over_it(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["ecoli-locus", *(path.stem for path in RESULTS.glob("klebsiella*.csv"))])
 def test_the_tables_of_the_docs_are_those_of_the_rows(name):
     arms = plot_unseen.read_arms(name)
-    for page, lines in (("results.md", plot_unseen.table), ("results/unseen.md", plot_unseen.table_of_seeds)):
+    tables = plot_unseen.table, plot_unseen.table_of_parts, plot_unseen.table_of_seeds
+    for page, lines in zip(("results.md", "results.md", "results/unseen.md"), tables, strict=True):
         assert "\n".join(lines(arms)) in (ROOT / "docs" / page).read_text()
 
 

@@ -3,7 +3,7 @@
     python -m benchmark.plot_unseen NAME
 
 reads benchmark/results/NAME.csv and prints gains over training from scratch, every seed's, and what arms of several
-commands gain over those of one of them. It draws docs/unseen_NAME.png: each arm's gain over training from scratch; and
+commands gain over each of them alone. It draws docs/unseen_NAME.png: each arm's gain over training from scratch; and
 docs/unseen_NAME_lines.png: identity against samples seen in pretraining and against labels. Rows with the same labelled
 reads, share of them and steps compare. A gain is the mean over the seeds that both have. Its interval holds 95 % of
 the gains of resampled seeds and test reads (a bootstrap; with three seeds or fewer it is too narrow). An arm's identity
@@ -143,6 +143,10 @@ def signed(gain, digits=2):
     return f"{gain:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def with_interval(mean, low, high):
+    return f"{signed(mean)} ({signed(low)} to {signed(high)})"
+
+
 def table(arms):
     """The lines of a Markdown table: a row for each arm, and for each test its identity and gain."""
     tests = tests_of(next(iter(arms.values()))[SCRATCH])
@@ -155,10 +159,7 @@ def table(arms):
         yield f"| {training} | {SCRATCH} | {len(scratch)} | {' | '.join(f'{mean:.2f} | ' for mean in base)} |"
         for arm, seeds in compared(found).items():
             gains = [gain(seeds, scratch, test) for test in tests]
-            cells = [
-                f"{mean + more:.2f} | {signed(more)} ({signed(low)} to {signed(high)})"
-                for mean, (more, low, high) in zip(base, gains, strict=True)
-            ]
+            cells = [f"{mean + of[0]:.2f} | {with_interval(*of)}" for mean, of in zip(base, gains, strict=True)]
             yield f"| | {arm} | {len(seeds.keys() & scratch.keys())} | {' | '.join(cells)} |"
 
 
@@ -177,7 +178,7 @@ def table_of_seeds(arms):
 
 
 def table_of_parts(arms):
-    """The lines of a Markdown table: what each arm of several commands gains over those of one of them; or none."""
+    """The lines of a Markdown table: what arms of several commands gain over each of them alone; none without such."""
     lines = []
     for training, found in arms.items():
         tests = tests_of(found[SCRATCH])
@@ -185,8 +186,7 @@ def table_of_parts(arms):
             for part in arm.split(THEN) if THEN in arm else ():
                 common = found[arm].keys() & found.get(part, {}).keys()
                 if common:
-                    gains = [gain(found[arm], found[part], test) for test in tests]
-                    cells = [f"{signed(more)} ({signed(low)} to {signed(high)})" for more, low, high in gains]
+                    cells = [with_interval(*gain(found[arm], found[part], test)) for test in tests]
                     lines.append(f"| {training} | {arm} | {part} | {len(common)} | {' | '.join(cells)} |")
     if lines:
         titles = [TITLES.get(test, test) for test in tests]

@@ -39,7 +39,7 @@ class Args:
     chunk_len: ChunkLength = 1200
     """samples per chunk"""
     by_layer: bool = False
-    """a row after each layer of the transformer; after 0 it is the encoder alone"""
+    """a row after each layer of the transformer; layer 0 is the encoder alone"""
 
 
 def bases_of_frames(chunks, read, start):
@@ -121,11 +121,9 @@ def main(args):
             random.layers = torch.nn.ModuleList()
             print_row("random weights, the encoder alone", probe(random, args, training, test))
         layers = model.layers
-        for count in range(len(layers)) if args.by_layer else ():
+        for count in range(0 if args.by_layer else len(layers), len(layers) + 1):
             model.layers = layers[:count]
-            print_row(f"{name}, after layer {count}", probe(model, args, training, test))
-        model.layers = layers
-        print_row(name, probe(model, args, training, test))
+            print_row(f"{name}, after layer {count}" if args.by_layer else name, probe(model, args, training, test))
 
 
 def print_row(name, row):

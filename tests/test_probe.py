@@ -58,8 +58,8 @@ def test_the_row_of_a_layer_is_that_of_a_model_without_those_above_it(few, tmp_p
     args = probe.Args((tmp_path / "whole.pt", tmp_path / "cut.pt"), (few,), few=4, many=12, chunk_len=400)
     args.by_layer = True
     probe.main(args)
-    rows = [line.rsplit("/whole.pt")[-1] for line in capsys.readouterr().out.splitlines() if "e.pt" in line]
-    assert [row.split(" | ")[0] for row in rows] == [", after layer 0", ", after layer 1", ", after layer 2", ""]
+    rows = [line.rsplit("/whole.pt")[-1] for line in capsys.readouterr().out.splitlines() if "whole.pt" in line]
+    assert [row.split(" | ")[0] for row in rows] == [f", after layer {count}" for count in range(4)]
     args.by_layer, args.weights = False, (tmp_path / "cut.pt",)
     probe.main(args)
     cut = capsys.readouterr().out.splitlines()[-1]

@@ -241,7 +241,7 @@ def test_the_gains_on_the_methods_pages_are_those_of_the_rows():
         page = (ROOT / "docs" / f"{method}.md").read_text().replace("\n", " ")
         for test in ("lambda_second", "ecoli"):
             found = plot_unseen.gain(arms[NAMES[method]], arms["from scratch"], test)
-            assert "{} ({} to {})".format(*map(plot_unseen.signed, found)) in page
+            assert plot_unseen.with_interval(*found) in page
 
 
 def test_two_rows_of_one_seed_are_refused(monkeypatch):
